@@ -1,0 +1,237 @@
+"""The story: how a tree becomes a checkpoint, and a checkpoint a tree. Read this module first, top to bottom.
+
+Save.     flatten -> inspect leaves -> plan -> begin an attempt -> snapshot (then the caller goes on)
+          -> threads checksum and write the pieces -> metadata -> sync -> manifest: the commit.
+Restore.  manifest -> match keys with ``like`` -> choose shardings -> plan reads -> read and verify -> place.
+
+A blocking `save` differs from `save_async` and waiting in one thing: it hands the writer views of arrays that are in
+host memory instead of copies. The rest is below: `_saving` runs a save, `_restoring` a restore, `_reading` shows what
+is stored; `_keys` and `_leaves` know what a tree is, `_layout` what is written where, `_snapshot` the way from the
+devices to the host, `_persist` and `_commit` the way to storage, `_matching`, `_resharding` and `_placement` the way
+back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, Sharding
+
+from ._config import RestoreOptions, SaveOptions
+from ._matching import Rename, Select
+from ._reading import Checkpoint, open_checkpoint
+from ._restoring import RestoreReport, choose_targets, is_cast, match_tree, restore_targets
+from ._saving import CheckpointInfo, PendingSave, SaveJob
+
+_log = logging.getLogger("jaxckpt")
+
+Path = str | os.PathLike[str]
+ShardingRule = Callable[[str, jax.ShapeDtypeStruct], Sharding]
+
+
+def save(
+    path: Path,
+    tree: Any,
+    *,
+    overwrite: bool = False,
+    metadata: Any = None,
+    options: SaveOptions | None = None,
+) -> CheckpointInfo:
+    """Writes a pytree to a new checkpoint and returns when it is durable.
+
+    Readers see the checkpoint from the commit on, whole; a crash before that leaves whatever was at ``path``
+    untouched. Every byte gets a checksum.
+
+    Args:
+      path: Directory (or ``s3://``, ``gs://``, ``memory://`` URL) that holds no checkpoint yet.
+      tree: Any pytree. Leaves are `jax.Array` of any shape, dtype and sharding, typed PRNG keys, `numpy.ndarray`,
+        NumPy scalars, and Python int, float, complex, bool, str and bytes.
+      overwrite: Whether a checkpoint at ``path`` may be replaced. The old one stays whole until the new one is.
+      metadata: Plain data (what msgpack takes: None, bool, int, float, str, bytes, lists, dicts with str keys)
+        to keep beside the tree.
+      options: See `SaveOptions`.
+
+    Returns:
+      What was written, and how long it took.
+
+    Raises:
+      UnsupportedLeafError: A leaf cannot be stored; raised before any I/O, with the keys of all such leaves.
+      ExistsError: A checkpoint is there and ``overwrite`` is False.
+      WriteError: Storage refused a write. Nothing was committed.
+
+    Host memory: the packs under way, 64 MiB at most; large leaves in host memory are written without a copy.
+    Blocks for: the whole write.
+
+    Example:
+      >>> info = jaxckpt.save(tmp / "a", {"w": jnp.ones((2, 3)), "step": 7})
+      >>> jaxckpt.restore(tmp / "a")["step"]
+      7
+    """
+    return SaveJob(path, tree, overwrite, metadata, options or SaveOptions(), is_blocking=True).run()
+
+
+def save_async(
+    path: Path,
+    tree: Any,
+    *,
+    overwrite: bool = False,
+    metadata: Any = None,
+    options: SaveOptions | None = None,
+) -> PendingSave:
+    """Takes a snapshot of a pytree, then writes it in the background.
+
+    When this returns, every leaf may be donated, deleted or overwritten: the checkpoint will hold the values of the
+    moment of the call. A program that ends without waiting still finishes the write.
+
+    Args:
+      path: As for `save`.
+      tree: As for `save`.
+      overwrite: As for `save`.
+      metadata: As for `save`.
+      options: See `SaveOptions`; ``host_bytes_max`` bounds the snapshot.
+
+    Returns:
+      A `PendingSave`; its ``wait`` raises what went wrong in the background.
+
+    Raises:
+      UnsupportedLeafError, ExistsError: As for `save`.
+      WriteError: Writing failed while the snapshot waited for room.
+
+    Host memory: the bytes of the tree, at most ``host_bytes_max`` at once.
+    Blocks for: on accelerators the dispatch of one batched transfer; on CPU until the values are computed, and one
+      copy of them. Longer when the snapshot has to wait for room.
+
+    Example:
+      >>> pending = jaxckpt.save_async(tmp / "a", {"w": jnp.ones((2, 3))})
+      >>> pending.wait().leaves
+      1
+
+    Source: the split into snapshot and persist follows CheckFreq (Mohan et al., FAST 2021).
+    """
+    return PendingSave(SaveJob(path, tree, overwrite, metadata, options or SaveOptions(), is_blocking=False))
+
+
+def open(path: Path) -> Checkpoint:
+    """Opens a committed checkpoint by reading its manifest, and nothing else.
+
+    Args:
+      path: Directory or URL of the checkpoint.
+
+    Returns:
+      A `Checkpoint`: its keys, and its leaves as NumPy arrays, read as they are asked for.
+
+    Raises:
+      NotFoundError: No committed checkpoint is there.
+      FormatError: The manifest is damaged, or needs a newer version.
+
+    Example:
+      >>> _ = jaxckpt.save(tmp / "a", {"w": jnp.arange(6.0).reshape(3, 2)})
+      >>> ckpt = jaxckpt.open(tmp / "a")
+      >>> ckpt.keys()
+      ('w',)
+      >>> ckpt["w"][1:].tolist()
+      [[2.0, 3.0], [4.0, 5.0]]
+    """
+    return open_checkpoint(path)
+
+
+def restore(
+    path: Path | Checkpoint,
+    like: Any = None,
+    *,
+    mesh: Mesh | None = None,
+    sharding: Any = None,
+    select: Select = None,
+    rename: Rename = None,
+    missing: str = "error",
+    unexpected: str = "error",
+    cast: bool = False,
+    reshape: bool = False,
+    report: bool = False,
+    options: RestoreOptions | None = None,
+) -> Any:
+    """Reads a checkpoint back as a pytree, bit for bit, onto whatever devices are there.
+
+    Every byte is verified before it is used. Each chunk is read once, however many devices need it.
+
+    Without ``like`` the tree is rebuilt from the manifest: dicts, lists, tuples, None and OrderedDict exactly,
+    namedtuples by their fields, other nodes as dicts of theirs. With ``like``, its node types come back.
+
+    Shardings, first that applies: ``sharding``; ``mesh`` with the saved partition specs; the shardings of ``like``;
+    the saved ones, on the saved devices or on a smaller mesh where there are fewer.
+
+    Args:
+      path: Directory or URL, or an open `Checkpoint`.
+      like: Tree with the wanted structure. Leaves: `jax.Array` and `jax.ShapeDtypeStruct` (with or without a
+        sharding) come back as `jax.Array`, `numpy.ndarray` as such, Python scalars as such, a `StoredLeaf` as saved.
+      mesh: Mesh to put the saved partition specs on. Axes that it lacks are dropped, and a dimension that no longer
+        divides falls back to fewer axes, which the log says.
+      sharding: One `Sharding` for all arrays, a tree of them that is a prefix of the result, or a function
+        ``f(key, jax.ShapeDtypeStruct) -> Sharding``.
+      select: Glob pattern(s) over keys (``*`` also matches ``/``) or a predicate. Leaves that are not selected keep
+        the leaf of ``like``; without ``like`` they are left out (None stands for them in sequences).
+      rename: Mapping of saved keys or leading parts of them to new ones, or pairs (regular expression that matches a
+        whole saved key, replacement). Without ``like`` the result is then a nest of dicts.
+      missing: For leaves of ``like`` that are not on disk: ``"error"``, or ``"keep"`` the leaf of ``like``.
+      unexpected: For leaves on disk that ``like`` does not have: ``"error"`` or ``"ignore"``.
+      cast: Whether dtypes are converted to those of ``like``.
+      reshape: Whether arrays take the shape of ``like`` when it has equally many elements.
+      report: Whether to return ``(tree, RestoreReport)``.
+      options: See `RestoreOptions`.
+
+    Returns:
+      The tree, or the tree and a `RestoreReport`.
+
+    Raises:
+      NotFoundError: No committed checkpoint is there.
+      FormatError: The manifest is damaged, or needs a newer version.
+      CorruptError: Stored bytes are damaged; `.problems` names each by key, chunk and object.
+      MismatchError: The tree and ``like`` differ; `.problems` lists every difference.
+
+    Host memory: on CPU the arrays themselves and a few MiB for each reading thread; on accelerators at most
+      ``host_bytes_max``, or one box of the largest array.
+
+    Example:
+      >>> _ = jaxckpt.save(tmp / "a", {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)})
+      >>> jaxckpt.restore(tmp / "a", select="b")
+      {'b': Array([0., 0., 0.], dtype=float32)}
+    """
+    began_s = time.perf_counter()
+    _check_choice("missing", missing, ("error", "keep"))
+    _check_choice("unexpected", unexpected, ("error", "ignore"))
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    bytes_before = 0 if checkpoint is not path else checkpoint.bytes_read
+    wanted = match_tree(
+        checkpoint, like, select, rename, missing=missing, unexpected=unexpected, cast=cast, reshape=reshape
+    )
+    targets = choose_targets(checkpoint, wanted, mesh, sharding)
+    restored = restore_targets(checkpoint, targets, options or RestoreOptions())
+    leaves = [
+        match.like if match.leaf is None else restored[number] for number, match in enumerate(wanted.matches)
+    ]
+    tree = wanted.unflatten(leaves)
+    seconds = time.perf_counter() - began_s
+    nbytes = sum(checkpoint.manifest.spec(target.leaf).nbytes for target in targets.values())
+    _log.info("restored %s: %d leaves, %d bytes in %.3f s", checkpoint.path, len(targets), nbytes, seconds)
+    if not report:
+        return tree
+    return tree, RestoreReport(
+        path=checkpoint.path,
+        restored=tuple(wanted.keys[number] for number in targets),
+        kept=tuple(key for key, match in zip(wanted.keys, wanted.matches, strict=True) if match.leaf is None),
+        ignored=wanted.ignored,
+        cast=tuple(wanted.keys[number] for number, target in targets.items() if is_cast(checkpoint, target)),
+        nbytes=nbytes,
+        bytes_read=checkpoint.bytes_read - bytes_before,
+        seconds=seconds,
+    )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")

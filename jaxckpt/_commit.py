@@ -1,0 +1,115 @@
+"""When does a checkpoint exist, and why can no crash leave half of one?
+
+A save is an *attempt*. It writes all its objects below a data directory whose name nobody has used before and, when
+every one of them is durable, publishes the manifest, which names that directory. There is exactly one instant at
+which anything changes for a reader: the rename of the manifest.
+
+    1. begin     choose a new name ``data-<attempt>``; look whether a checkpoint is there already
+    2. write     objects below it, each synced before it counts as written            (`_persist`)
+    3. metadata  the ``zarr.json`` objects, synced too
+    4. sync      every directory that got a new entry, from the leaves to the root
+    5. publish   manifest to a temporary name, sync, rename, sync the directory       <- the commit
+    6. sweep     an overwrite deletes the data directory that the old manifest named
+
+A crash before 5 leaves the old manifest, or none, and a data directory that nothing names. A crash in 5 leaves the old
+manifest or the new one, since a rename is atomic, and a temporary file that nothing names. A crash in 6 leaves both
+data directories; the old one is not named any more. The order of 2 to 5 holds for power loss too, as far as the
+storage keeps its promise on fsync: when the new name of the manifest is durable, so is everything that it says.
+
+Nothing old is deleted before 5 is durable, so that an overwrite never has a moment without a whole checkpoint. Nothing
+but the manifest is ever renamed, so that the same order of steps works on object stores, and nothing in a checkpoint
+is an absolute path, so that ``cp -r`` of it is valid. Data directories of other attempts are left alone, for their
+writer may be alive; the manager, which owns its directory, sweeps them.
+
+Deliberately not here: which objects there are (`_layout`), and what the manifest says (`_manifest`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from typing import final
+
+import xxhash
+
+from ._errors import CheckpointError, ExistsError
+from ._manifest import MANIFEST_NAME, Manifest, StoredObject, encode_manifest, parse_manifest
+from ._store import LocalStore, Store
+from ._zarr import METADATA_NAME, group_metadata
+
+
+@final
+class Attempt:
+    """One attempt to commit a checkpoint."""
+
+    def __init__(self, store: Store, old_data: str | None, may_overwrite: bool) -> None:
+        self.store = store
+        self.data = f"data-{secrets.token_hex(8)}"
+        self._old_data = old_data
+        self._may_overwrite = may_overwrite
+        self._objects: list[StoredObject] = []
+
+    def put_metadata(self, name: str, data: bytes) -> None:
+        """Writes a metadata object below the data directory and remembers its checksum."""
+        self._put(f"{self.data}/{name}", data)
+
+    def put_root_group(self) -> None:
+        """Writes the root's group metadata, which is the same for every attempt, unless it is there."""
+        data = group_metadata()
+        self._remember(METADATA_NAME, data)
+        if not self.store.exists(METADATA_NAME) or self.store.read(METADATA_NAME) != data:
+            self.store.publish(METADATA_NAME, data)
+
+    @property
+    def metadata_objects(self) -> tuple[StoredObject, ...]:
+        """The metadata objects written so far."""
+        return tuple(self._objects)
+
+    def commit(self, manifest: Manifest) -> int:
+        """Makes the checkpoint exist; returns the bytes of the manifest.
+
+        Raises:
+          ExistsError: Somebody else committed here meanwhile and overwriting is not allowed.
+        """
+        data = encode_manifest(manifest)
+        self.store.sync()
+        if not self._may_overwrite and self.store.exists(MANIFEST_NAME):
+            raise ExistsError(_exists_message(self.store))
+        self.store.publish(MANIFEST_NAME, data)
+        if self._old_data is not None:
+            self.store.delete_tree(self._old_data)
+        return len(data)
+
+    def abandon(self) -> None:
+        """Deletes what the attempt wrote, as far as storage lets it."""
+        with contextlib.suppress(OSError):
+            self.store.delete_tree(self.data)
+        if isinstance(self.store, LocalStore) and not self.store.exists(MANIFEST_NAME):
+            self.store.remove_if_empty()
+
+    def _put(self, name: str, data: bytes) -> None:
+        self.store.put(name, data)
+        self._remember(name, data)
+
+    def _remember(self, name: str, data: bytes) -> None:
+        self._objects.append(StoredObject(name, len(data), xxhash.xxh3_128_digest(data)))
+
+
+def begin(store: Store, *, may_overwrite: bool) -> Attempt:
+    """Starts an attempt.
+
+    Raises:
+      ExistsError: A committed checkpoint is there and overwriting is not allowed.
+    """
+    old_data = None
+    if store.exists(MANIFEST_NAME):
+        if not may_overwrite:
+            raise ExistsError(_exists_message(store))
+        # A damaged manifest names no directory that could be deleted safely; it is replaced all the same.
+        with contextlib.suppress(CheckpointError):
+            old_data = parse_manifest(store.read(MANIFEST_NAME), store.path).data
+    return Attempt(store, old_data, may_overwrite)
+
+
+def _exists_message(store: Store) -> str:
+    return f"a checkpoint is already at {store.path!r}\npass overwrite=True to replace it, or choose another path"

@@ -1,0 +1,95 @@
+"""Every number that a user can turn, with where its default comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Literal
+
+MIB = 1 << 20
+
+Staging = Literal["auto", "pool", "pinned"]
+
+# A block is what one checksum covers and so the least that a partial read fetches. One MiB costs 16 bytes of
+# manifest for each MiB stored, and xxh3 runs at 20 to 30 GB/s on blocks of this size. Part of format 1.
+BLOCK_BYTES = MIB
+
+# What one write call carries. Several are in flight at a time, so that 8 MiB is far above the size at which
+# disks reach full speed and far below any memory budget. A multiple of BLOCK_BYTES.
+PIECE_BYTES = 8 * MIB
+
+# The least staging that makes progress: one piece of one block for each of two threads.
+_HOST_BYTES_MIN = 2 * BLOCK_BYTES
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """How a save cuts, stages and writes a tree.
+
+    Attributes:
+      chunk_bytes_max: A shard is cut along its leading axis into chunks of at most this many bytes. When no
+        divisor of the axis gives a chunk between a sixteenth of this and this, the chunk is larger. Default
+        64 MiB: what object stores take in one request, and what a reader can hold at once.
+      pack_bytes_max: Chunks of fewer bytes go into shared pack objects. 0 packs nothing: every array is then a
+        Zarr array of its own. Default 4 MiB: creating and syncing a file costs about 1 ms, the time that a disk
+        takes for 2 MiB (jaxckpt/DESIGN.md, "Packs").
+      host_bytes_max: Hard cap in bytes on staging memory, over all saves of the process. A small cap only makes
+        saving slower; `save_async` then waits for room before it returns. The floor is 2 MiB. None: half of the
+        machine's memory.
+      staging: ``"pinned"`` copies shards to pinned host memory with one batched transfer that runs after the
+        computation in flight (GPU, TPU). ``"pool"`` waits for the values and copies them into reused host
+        buffers (CPU). ``"auto"`` takes the one that the devices of the tree want.
+      io_threads: Threads that checksum and write. Default 4: two cores already reach the speed of a local disk
+        with it (jaxckpt/DESIGN.md, "Input and output").
+    """
+
+    chunk_bytes_max: int = 64 * MIB
+    pack_bytes_max: int = 4 * MIB
+    host_bytes_max: int | None = None
+    staging: Staging = "auto"
+    io_threads: int = 4
+
+    def __post_init__(self) -> None:
+        _require_at_least("chunk_bytes_max", self.chunk_bytes_max, 1)
+        _require_at_least("pack_bytes_max", self.pack_bytes_max, 0)
+        _require_at_least("io_threads", self.io_threads, 1)
+        if self.host_bytes_max is not None:
+            _require_at_least("host_bytes_max", self.host_bytes_max, 1)
+        if self.staging not in ("auto", "pool", "pinned"):
+            raise ValueError(f"staging must be 'auto', 'pool' or 'pinned', not {self.staging!r}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """How a restore reads and places a tree.
+
+    Attributes:
+      host_bytes_max: Cap in bytes on host memory beyond the arrays that are returned. On accelerators a restore
+        goes through the tree in waves of this size. The floor is 2 MiB. None: half of the machine's memory.
+      io_threads: Threads that read and verify. Default 4, as for saving.
+    """
+
+    host_bytes_max: int | None = None
+    io_threads: int = 4
+
+    def __post_init__(self) -> None:
+        _require_at_least("io_threads", self.io_threads, 1)
+        if self.host_bytes_max is not None:
+            _require_at_least("host_bytes_max", self.host_bytes_max, 1)
+
+
+def resolve_host_bytes_max(host_bytes_max: int | None) -> int:
+    """The cap in bytes: the given one but for its floor, or half of the machine's memory."""
+    if host_bytes_max is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(host_bytes_max, _HOST_BYTES_MIN)
+
+
+def piece_bytes_for(host_bytes_max: int) -> int:
+    """Bytes of one piece: whole blocks, and small enough that two fit the cap."""
+    return max(BLOCK_BYTES, min(PIECE_BYTES, host_bytes_max // 2 // BLOCK_BYTES * BLOCK_BYTES))
+
+
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")

@@ -1,0 +1,360 @@
+"""What is in a checkpoint, is it whole, and how do two of them differ?
+
+`describe` reads the manifest only. `verify` rereads every stored byte and compares checksums, without placing anything
+on a device. `diff` compares two checkpoints leaf by leaf: where both are cut in the same way by their checksums alone,
+else by their bytes, in parts of bounded size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ._config import PIECE_BYTES, RestoreOptions
+from ._errors import FormatError, Problem
+from ._layout import flat_boxes
+from ._progress import Progress, ProgressMeter
+from ._reading import Checkpoint, StoredLeaf, open_checkpoint
+from ._resharding import ReadExecutor, plan_reads
+from ._shardings import Box, format_sharding
+
+Path = str | os.PathLike[str]
+OnProgress = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+      path: Where the checkpoint is.
+      problems: Everything that is wrong, by key; empty when the checkpoint is whole.
+      bytes_read: Bytes that were reread.
+      seconds: Seconds that it took.
+    """
+
+    path: str
+    problems: tuple[Problem, ...]
+    bytes_read: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stored byte is what was written."""
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"{self.path}: whole, {self.bytes_read} bytes verified in {self.seconds:.2f} s"
+        lines = [f"{self.path}: {len(self.problems)} problems", *(f"  {problem}" for problem in self.problems)]
+        return "\n".join(lines)
+
+
+def verify(
+    path: Path | Checkpoint, *, options: RestoreOptions | None = None, on_progress: OnProgress | None = None
+) -> VerifyReport:
+    """Rereads every object of a checkpoint and compares it with what was written.
+
+    Args:
+      path: Directory or URL, or an open `Checkpoint`.
+      options: See `RestoreOptions`.
+      on_progress: Called with a `Progress` from the reading threads.
+
+    Returns:
+      A `VerifyReport`; damage is reported, not raised, a damaged manifest too.
+
+    Raises:
+      NotFoundError: No committed checkpoint is there.
+
+    Host memory: a few MiB for each reading thread.
+
+    Example:
+      >>> _ = jaxckpt.save(tmp / "a", {"w": jnp.ones(3)})
+      >>> jaxckpt.verify(tmp / "a").ok
+      True
+    """
+    began_s = time.perf_counter()
+    options = options or RestoreOptions()
+    try:
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    except FormatError as error:
+        problems = error.problems or (Problem(None, "manifest", str(error)),)
+        return VerifyReport(os.fspath(path), problems, 0, time.perf_counter() - began_s)  # type: ignore[arg-type]
+    manifest = checkpoint.manifest
+    whole = [
+        (leaf, [((0,) * len(spec.stored_shape), spec.stored_shape)])
+        for leaf, spec in ((leaf, manifest.spec(leaf)) for leaf in range(len(manifest.keys)))
+        if spec.kind != "value"
+    ]
+    plan = plan_reads(manifest, whole, PIECE_BYTES)
+    total = plan.nbytes + sum(entry.length for entry in manifest.objects)
+    meter = ProgressMeter(total, "read", on_progress)
+    executor = ReadExecutor(checkpoint.store, manifest, threads=options.io_threads, meter=meter)
+    executor.check_metadata(manifest.objects)
+    executor.check_objects(plan)
+    executor.verify(plan)
+    problems_found = {str(problem): problem for problem in _first_of_each_chunk(executor.problems)}
+    return VerifyReport(
+        checkpoint.path, tuple(problems_found.values()), executor.bytes_read, time.perf_counter() - began_s
+    )
+
+
+def _first_of_each_chunk(problems: list[Problem]) -> Iterator[Problem]:
+    """An object of a wrong length is found when it is looked at and again when it is read; once is enough."""
+    seen: set[tuple[str | None, str]] = set()
+    for problem in problems:
+        place = (problem.key, problem.message.partition(": ")[0])
+        if problem.kind == "checksum" or place not in seen:
+            yield problem
+        seen.add(place)
+
+
+# --- description ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafDescription:
+    """One leaf of a `Description`: what it is, and for scalars its value."""
+
+    key: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    sharding: str
+    chunk_shape: tuple[int, ...]
+    chunks: int
+    weak_type: bool
+    value: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Description:
+    """What is in a checkpoint; ``str()`` of it is a page for people.
+
+    Attributes:
+      path: Where it is.
+      created: When it was committed, ISO 8601, UTC.
+      writer: Versions of the libraries that wrote it.
+      metadata: What was given as ``metadata=``.
+      nbytes: Bytes of all arrays.
+      stored_bytes: Bytes of all objects with chunks and metadata.
+      objects: Number of those objects.
+      leaves: One `LeafDescription` for each leaf, in the order of the tree.
+    """
+
+    path: str
+    created: str
+    writer: dict[str, str]
+    metadata: Any
+    nbytes: int
+    stored_bytes: int
+    objects: int
+    leaves: tuple[LeafDescription, ...]
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.writer.items())
+        lines = [
+            f"checkpoint  {self.path}",
+            f"committed   {self.created} by {versions}",
+            f"holds       {len(self.leaves)} leaves, {format_bytes(self.nbytes)}"
+            f" in {self.objects} objects ({format_bytes(self.stored_bytes)})",
+        ]
+        if self.metadata is not None:
+            lines.append(f"metadata    {self.metadata!r}")
+        return "\n".join([*lines, "", self.table()])
+
+    def table(self) -> str:
+        """The leaves, one a line."""
+        rows = [("key", "dtype", "shape", "bytes", "sharding")]
+        for leaf in self.leaves:
+            shape = repr(leaf.value) if leaf.kind == "value" else "(" + ", ".join(map(str, leaf.shape)) + ")"
+            if len(shape) > 40:
+                shape = shape[:37] + "..."
+            size = "" if leaf.kind == "value" else format_bytes(leaf.nbytes)
+            rows.append((leaf.key or "(root)", leaf.dtype, shape, size, leaf.sharding))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = []
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+            lines.append("  ".join([*cells, row[3].rjust(widths[3]), row[4]]).rstrip())
+        return "\n".join(lines)
+
+
+def describe(path: Path | Checkpoint) -> Description:
+    """Says what is in a checkpoint by reading its manifest only.
+
+    Args:
+      path: Directory or URL, or an open `Checkpoint`.
+
+    Returns:
+      A `Description`, which prints as a table of keys, dtypes, shapes, bytes and shardings.
+
+    Raises:
+      NotFoundError, FormatError: As for `jaxckpt.open`.
+
+    Example:
+      >>> _ = jaxckpt.save(tmp / "a", {"w": jnp.ones((2, 3))})
+      >>> jaxckpt.describe(tmp / "a").leaves[0].shape
+      (2, 3)
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    manifest = checkpoint.manifest
+    own_objects = int(np.count_nonzero(manifest.chunks.pack < 0))
+    created = datetime.datetime.fromtimestamp(manifest.created_s, datetime.UTC)
+    return Description(
+        path=checkpoint.path,
+        created=created.isoformat(timespec="seconds"),
+        writer=checkpoint.writer,
+        metadata=checkpoint.metadata,
+        nbytes=checkpoint.nbytes,
+        stored_bytes=int(manifest.chunks.length.sum()) + sum(entry.length for entry in manifest.objects),
+        objects=own_objects + len(manifest.packs) + len(manifest.objects),
+        leaves=tuple(_describe_leaf(checkpoint, checkpoint[key]) for key in checkpoint.keys()),
+    )
+
+
+def _describe_leaf(checkpoint: Checkpoint, leaf: StoredLeaf) -> LeafDescription:
+    spec = leaf.spec
+    dtype = f"key<{spec.impl}>" if leaf.kind == "key" else str(leaf.dtype)
+    return LeafDescription(
+        key=leaf.key,
+        kind=leaf.kind,
+        dtype=dtype,
+        shape=leaf.shape,
+        nbytes=leaf.nbytes,
+        sharding=format_sharding(leaf.sharding),
+        chunk_shape=spec.chunk_shape,
+        chunks=spec.chunk_count,
+        weak_type=leaf.weak_type,
+        value=leaf[...] if leaf.kind == "value" else None,
+    )
+
+
+def format_bytes(nbytes: int) -> str:
+    """A number of bytes for people: ``1.50 GiB``."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{int(size)} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+# --- differences ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DiffReport:
+    """How two checkpoints differ.
+
+    Attributes:
+      a, b: Where they are.
+      only_in_a, only_in_b: Keys that the other one lacks.
+      changed: For each key in both whose leaf differs, what differs; ``kind`` is ``"kind"``, ``"dtype"``,
+        ``"shape"`` or ``"value"``.
+      equal: Number of leaves that are the same, bit for bit.
+    """
+
+    a: str
+    b: str
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    changed: tuple[Problem, ...]
+    equal: int
+
+    @property
+    def same(self) -> bool:
+        """Whether both hold the same leaves with the same values."""
+        return not (self.only_in_a or self.only_in_b or self.changed)
+
+    def __str__(self) -> str:
+        lines = [f"only in {self.a}: {key}" for key in self.only_in_a]
+        lines += [f"only in {self.b}: {key}" for key in self.only_in_b]
+        lines += [str(problem) for problem in self.changed]
+        lines.append(f"{self.equal} leaves are equal")
+        return "\n".join(lines)
+
+
+def diff(a: Path | Checkpoint, b: Path | Checkpoint, *, on_progress: OnProgress | None = None) -> DiffReport:
+    """Compares two checkpoints leaf by leaf, whatever meshes they were saved on.
+
+    Args:
+      a, b: Directories or URLs, or open `Checkpoint`s.
+      on_progress: Called with a `Progress` after each leaf.
+
+    Returns:
+      A `DiffReport`. Values are equal when their bytes are: NaN equals the same NaN, 0.0 differs from -0.0.
+
+    Raises:
+      NotFoundError, FormatError: As for `jaxckpt.open`.
+      CorruptError: A leaf that must be read is damaged.
+
+    Example:
+      >>> _ = jaxckpt.save(tmp / "a", {"w": jnp.ones(3)})
+      >>> _ = jaxckpt.save(tmp / "b", {"w": jnp.zeros(3)})
+      >>> print(jaxckpt.diff(tmp / "a", tmp / "b"))
+      w: 3 of 3 elements differ
+      0 leaves are equal
+    """
+    first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
+    second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
+    shared = [key for key in first.keys() if key in second]
+    meter = ProgressMeter(sum(first[key].nbytes for key in shared), "read", on_progress)
+    changed = []
+    for key in shared:
+        difference = _leaf_difference(first[key], second[key])
+        if difference is not None:
+            changed.append(difference)
+        meter.add(first[key].nbytes)
+    return DiffReport(
+        a=first.path,
+        b=second.path,
+        only_in_a=tuple(key for key in first.keys() if key not in second),
+        only_in_b=tuple(key for key in second.keys() if key not in first),
+        changed=tuple(changed),
+        equal=len(shared) - len(changed),
+    )
+
+
+def _leaf_difference(a: StoredLeaf, b: StoredLeaf) -> Problem | None:
+    if a.kind != b.kind:
+        return Problem(a.key, "kind", f"{a.kind} in the first, {b.kind} in the second")
+    if a.kind == "value":
+        if a.value_record == b.value_record:
+            return None
+        return Problem(a.key, "value", f"{a[...]!r} in the first, {b[...]!r} in the second")
+    if a.spec.dtype != b.spec.dtype or a.spec.impl != b.spec.impl:
+        return Problem(a.key, "dtype", f"{a.dtype} in the first, {b.dtype} in the second")
+    if a.spec.shape != b.spec.shape:
+        return Problem(a.key, "shape", f"{a.shape} in the first, {b.shape} in the second")
+    if a.fingerprint() is not None and a.fingerprint() == b.fingerprint():
+        return None
+    differing = sum(_count_differences(a, b, box) for box in _parts_of(a))
+    if not differing:
+        return None
+    return Problem(a.key, "value", f"{differing} of {math.prod(a.spec.shape)} elements differ")
+
+
+def _parts_of(leaf: StoredLeaf) -> Iterator[Box]:
+    """Boxes of at most one piece that make up a leaf."""
+    spec = leaf.spec
+    count = math.prod(spec.shape)
+    step = max(1, PIECE_BYTES // max(spec.np_dtype.itemsize, 1))
+    for first in range(0, count, step):
+        yield from flat_boxes(first, min(first + step, count), spec.shape)
+
+
+def _count_differences(a: StoredLeaf, b: StoredLeaf, box: Box) -> int:
+    bytes_of_a, bytes_of_b = (leaf.read_box(box).reshape(-1, 1).view(np.uint8) for leaf in (a, b))
+    return int(np.any(bytes_of_a != bytes_of_b, axis=1).sum())

@@ -1,0 +1,446 @@
+"""How does a pytree become ``{key: leaf}``, and how is its structure kept without pickle?
+
+Keys. A leaf's key joins one component for each node on its path with ``/``:
+
+* a ``str`` dict key or attribute name stands for itself, with ``~`` written ``~0`` and ``/`` written ``~1``;
+  the empty string is ``~e``, and a string that looks like an integer gets ``~s`` in front;
+* an ``int`` dict key, a position in a sequence and a child number are plain digits;
+* any other dict key (tuple, float, bool, bytes, None) is ``~j`` and its JSON form, escaped in the same way.
+
+Two leaves of one tree never share a key. The key of a tree that is a single leaf is the empty string.
+
+Structure. The nodes of the tree are listed in preorder, so that a record cannot hold a cycle and needs no
+recursion to read. ``0`` is a leaf, ``None`` is None, every other node is a list:
+
+    ["dict", [key, ...]]  ["odict", [key, ...]]  ["list", n]  ["tuple", n]
+    ["namedtuple", class, [field, ...]]  ["node", class, [key, ...]]
+
+Class names are for readers; nothing is imported by them. Without the user's classes a namedtuple comes back as a
+generated one with the same fields, and any other node as a dict of its children.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import keyword
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from ._errors import CheckpointError, Problem, UnsupportedLeafError
+
+# Far below Python's recursion limit, far above any model.
+DEPTH_MAX = 400
+
+_INTEGER = re.compile(r"-?[0-9]+")
+
+_PLAIN_LEAF_TYPES = frozenset([int, float, complex, bool, str, bytes, np.ndarray])
+
+# What a leaf and a None look like in the preorder list.
+LEAF_NODE = 0
+NONE_NODE = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FlatTree:
+    """A pytree as keys and leaves in JAX's order, and the record of its nodes."""
+
+    keys: tuple[str, ...]
+    leaves: list[Any]
+    nodes: list[Any]
+    treedef: Any
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """The same node types with other leaves."""
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+
+def flatten(tree: Any) -> FlatTree:
+    """Splits a pytree into keys, leaves and structure.
+
+    Raises:
+      UnsupportedLeafError: A dict key cannot be stored, or two leaves would share a key.
+      CheckpointError: JAX cannot flatten the tree (dict keys that don't sort, say), or it is too deep.
+    """
+    try:
+        leaves, treedef = jax.tree_util.tree_flatten(tree)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"JAX cannot flatten the tree: {error}") from error
+    keys, nodes = _structure_of(tree, treedef)
+    if len(keys) != len(leaves):
+        raise CheckpointError(
+            f"the tree flattens to {len(leaves)} leaves but {len(keys)} were found by walking it; "
+            "a registered node type flattens differently from call to call"
+        )
+    return FlatTree(keys, leaves, nodes, treedef)
+
+
+def _structure_of(tree: Any, treedef: Any) -> tuple[tuple[str, ...], list[Any]]:
+    """Keys and nodes, remembered for the last few tree structures: a training loop saves the same one again."""
+    try:
+        return _remembered_structure(_TreeOfStructure(treedef, tree))
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _walk(tree)
+
+
+class _TreeOfStructure:
+    """A cache key that equals by tree structure; the tree itself is there only while the entry is computed."""
+
+    __slots__ = ("tree", "treedef")
+
+    def __init__(self, treedef: Any, tree: Any) -> None:
+        self.treedef = treedef
+        self.tree = tree
+
+    def __hash__(self) -> int:
+        return hash(self.treedef)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _TreeOfStructure) and bool(self.treedef == other.treedef)
+
+
+@functools.lru_cache(maxsize=8)
+def _remembered_structure(holder: _TreeOfStructure) -> tuple[tuple[str, ...], list[Any]]:
+    tree = holder.tree
+    holder.tree = None
+    return _walk(tree)
+
+
+def _walk(tree: Any) -> tuple[tuple[str, ...], list[Any]]:
+    keys: list[str] = []
+    nodes: list[Any] = []
+    _walk_node(tree, "", 0, keys, nodes)
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            problem = Problem(key, "leaf", "two leaves of the tree have this key")
+            raise UnsupportedLeafError(f"cannot name the leaves of the tree:\n  {problem}", [problem])
+        seen.add(key)
+    return tuple(keys), nodes
+
+
+def _walk_node(node: Any, prefix: str, depth: int, keys: list[str], nodes: list[Any]) -> None:
+    if depth > DEPTH_MAX:
+        raise CheckpointError(f"the tree is nested more than {DEPTH_MAX} deep")
+    if node is None:
+        nodes.append(NONE_NODE)
+        return
+    children = _children_of(node)
+    if children is None:
+        nodes.append(LEAF_NODE)
+        keys.append(prefix)
+        return
+    nodes.append(_describe_node(node, children, prefix))
+    for token, child in children:
+        part = key_component(token, prefix)
+        _walk_node(child, f"{prefix}/{part}" if depth else part, depth + 1, keys, nodes)
+
+
+def _children_of(node: Any) -> list[tuple[Any, Any]] | None:
+    """The (token, child) pairs of a node, or None when JAX takes it as a leaf."""
+    node_type = type(node)
+    # The common cases without a call into JAX, which costs ten times as much.
+    if node_type in _PLAIN_LEAF_TYPES or isinstance(node, jax.Array):
+        return None
+    if node_type is dict:
+        return [(DictKey(key), node[key]) for key in sorted(node)]
+    if node_type is list or node_type is tuple:
+        return [(SequenceKey(position), child) for position, child in enumerate(node)]
+    flat, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)
+    if len(flat) == 1 and flat[0][0] == ():
+        return None
+    return [(path[0], child) for path, child in flat]
+
+
+def _describe_node(node: Any, children: list[tuple[Any, Any]], prefix: str) -> list[Any]:
+    node_type = type(node)
+    if node_type is list:
+        return ["list", len(children)]
+    if node_type is tuple:
+        return ["tuple", len(children)]
+    keys = [_encode_key(token, prefix) for token, _ in children]
+    if node_type is collections.OrderedDict:
+        return ["odict", keys]
+    if isinstance(node, dict) and all(isinstance(token, DictKey) for token, _ in children):
+        return ["dict", keys]
+    class_name = f"{node_type.__module__}:{node_type.__qualname__}"
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return ["namedtuple", class_name, list(node._fields)]
+    return ["node", class_name, keys]
+
+
+# --- components of keys ---------------------------------------------------------------------------------------
+
+
+def key_component(token: Any, prefix: str) -> str:
+    """The part of a key that one step of a path stands for."""
+    key = _encode_key(token, prefix)
+    if isinstance(key, str):
+        return escape_component(key)
+    if isinstance(key, int):
+        return str(key)
+    return "~j" + _escape(key[0])
+
+
+def escape_component(text: str) -> str:
+    """A string as a component of a key."""
+    if not text:
+        return "~e"
+    if _INTEGER.fullmatch(text):
+        return "~s" + text
+    return _escape(text)
+
+
+def unescape_component(component: str) -> Any:
+    """The dict key that a component stands for."""
+    if component == "~e":
+        return ""
+    if component.startswith("~s"):
+        return component[2:]
+    if component.startswith("~j"):
+        return _decode_key([_unescape(component[2:])])
+    if _INTEGER.fullmatch(component):
+        return int(component)
+    return _unescape(component)
+
+
+def _escape(text: str) -> str:
+    return text.replace("~", "~0").replace("/", "~1")
+
+
+def _unescape(text: str) -> str:
+    return text.replace("~1", "/").replace("~0", "~")
+
+
+def _encode_key(token: Any, prefix: str) -> str | int | list[str]:
+    """A step of a path as str, int, or a list with one JSON text for other dict keys."""
+    if isinstance(token, DictKey):
+        key: Any = token.key
+    elif isinstance(token, GetAttrKey):
+        key = token.name
+    elif isinstance(token, SequenceKey):
+        key = token.idx
+    elif isinstance(token, FlattenedIndexKey):
+        key = token.key
+    else:
+        key = str(token)
+    if isinstance(key, str):
+        return str.__str__(key)
+    if not isinstance(key, bool) and hasattr(key, "__index__") and -(2**63) <= operator.index(key) < 2**64:
+        return operator.index(key)
+    try:
+        return [json.dumps(_typed_json(key), separators=(",", ":"), ensure_ascii=False)]
+    except TypeError as error:
+        problem = Problem(
+            prefix, "leaf", f"holds a dict key of type {type(key).__name__}; use str, int, tuple, float, bool or bytes"
+        )
+        raise UnsupportedLeafError(f"cannot store the tree:\n  {problem}", [problem]) from error
+
+
+def _decode_key(encoded: Any) -> Any:
+    if isinstance(encoded, list):
+        return _from_typed_json(json.loads(encoded[0]))
+    return encoded
+
+
+def _typed_json(key: Any) -> Any:
+    """JSON from which the exact Python value can be told: scalars as themselves, the rest as [tag, value]."""
+    if key is None or isinstance(key, (bool, str)):
+        return key
+    if isinstance(key, int):
+        return int(key)
+    if isinstance(key, float):
+        return ["float", key.hex()]
+    if isinstance(key, bytes):
+        return ["bytes", key.hex()]
+    if isinstance(key, tuple):
+        return ["tuple", *(_typed_json(part) for part in key)]
+    raise TypeError(type(key).__name__)
+
+
+def _from_typed_json(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    tag, *parts = value
+    if tag == "float":
+        return float.fromhex(parts[0])
+    if tag == "bytes":
+        return bytes.fromhex(parts[0])
+    if tag == "tuple":
+        return tuple(_from_typed_json(part) for part in parts)
+    raise ValueError(f"unknown tag {tag!r}")
+
+
+# --- structure records ----------------------------------------------------------------------------------------
+
+
+def validate_nodes(nodes: Any, leaf_count: int) -> str | None:
+    """Says what is wrong with a structure record, or None when it is one whole tree with so many leaves."""
+    if not isinstance(nodes, list):
+        return "the structure is not a list"
+    open_nodes: list[int] = [1]
+    leaves = 0
+    for node in nodes:
+        while open_nodes and open_nodes[-1] == 0:
+            open_nodes.pop()
+        if not open_nodes:
+            return "the structure goes on after its end"
+        open_nodes[-1] -= 1
+        if node is NONE_NODE:
+            continue
+        if type(node) is int and node == LEAF_NODE:
+            leaves += 1
+            continue
+        try:
+            count = _child_count(node)
+        except (TypeError, ValueError, IndexError, RecursionError) as error:
+            return f"the structure holds {str(node)[:80]!r}, which is no node ({error})"
+        open_nodes.append(count)
+        if len(open_nodes) > DEPTH_MAX + 2:
+            return f"the structure is nested more than {DEPTH_MAX} deep"
+    if any(open_nodes):
+        return "the structure ends too early"
+    if leaves != leaf_count:
+        return f"the structure has {leaves} leaves, the table of leaves {leaf_count}"
+    return None
+
+
+def _child_count(node: Any) -> int:
+    """Number of children that a record's node claims; raises when it is no node."""
+    if not isinstance(node, list) or not node:
+        raise TypeError("not a list")
+    kind, *rest = node
+    if kind in ("list", "tuple"):
+        (count,) = rest
+        if type(count) is not int or count < 0:
+            raise ValueError("bad count")
+        return count
+    if kind in ("dict", "odict"):
+        (keys,) = rest
+    elif kind in ("namedtuple", "node"):
+        class_name, keys = rest
+        if not isinstance(class_name, str):
+            raise TypeError("bad class name")
+    else:
+        raise ValueError("unknown kind")
+    if not isinstance(keys, list):
+        raise TypeError("keys are not a list")
+    if kind == "namedtuple":
+        if not all(isinstance(key, str) for key in keys):
+            raise TypeError("fields are not strings")
+        return len(keys)
+    for key in keys:
+        if not isinstance(key, (str, int)) and not (isinstance(key, list) and len(key) == 1):
+            raise TypeError("bad key")
+    if len({_decode_key(key) for key in keys}) != len(keys):
+        raise ValueError("a key twice")
+    return len(keys)
+
+
+def keys_of_nodes(nodes: list[Any]) -> list[str]:
+    """The keys of the leaves of a valid structure record, in order."""
+    keys: list[str] = []
+    _iterate_nodes(iter(nodes), "", True, keys)
+    return keys
+
+
+def _iterate_nodes(stream: Iterator[Any], prefix: str, is_root: bool, keys: list[str]) -> None:
+    node = next(stream)
+    if node is NONE_NODE:
+        return
+    if not isinstance(node, list):
+        keys.append(prefix)
+        return
+    for part in _component_list(node):
+        _iterate_nodes(stream, part if is_root else f"{prefix}/{part}", False, keys)
+
+
+def _component_list(node: list[Any]) -> list[str]:
+    if node[0] in ("list", "tuple"):
+        return [str(position) for position in range(node[1])]
+    names = []
+    for key in node[-1]:
+        if isinstance(key, list):
+            names.append("~j" + _escape(key[0]))
+        else:
+            names.append(str(key) if isinstance(key, int) else escape_component(key))
+    return names
+
+
+class _Pruned:
+    """Marks a place of the tree of which nothing was selected."""
+
+
+PRUNED = _Pruned()
+
+
+def rebuild(nodes: list[Any], leaves: Sequence[Any]) -> Any:
+    """The tree of a valid structure record with these leaves, without any user class.
+
+    Leaves that are `PRUNED` disappear from dicts, together with dicts that they leave empty; in sequences and
+    namedtuples, where places have a meaning, None stands for them.
+    """
+    tree = _rebuild_node(iter(nodes), iter(leaves))
+    return None if tree is PRUNED else tree
+
+
+def _rebuild_node(stream: Iterator[Any], leaves: Iterator[Any]) -> Any:
+    node = next(stream)
+    if node is NONE_NODE:
+        return None
+    if not isinstance(node, list):
+        return next(leaves)
+    kind = node[0]
+    count = node[1] if kind in ("list", "tuple") else len(node[-1])
+    children = []
+    for _ in range(count):  # no comprehension: in Python 3.11 it would take a second stack frame for each level
+        children.append(_rebuild_node(stream, leaves))
+    if children and all(child is PRUNED for child in children):
+        return PRUNED
+    if kind in ("dict", "odict", "node"):
+        pairs = [
+            (_decode_key(key), child) for key, child in zip(node[-1], children, strict=True) if child is not PRUNED
+        ]
+        return collections.OrderedDict(pairs) if kind == "odict" else dict(pairs)
+    children = [None if child is PRUNED else child for child in children]
+    if kind == "list":
+        return children
+    if kind == "tuple":
+        return tuple(children)
+    return _namedtuple_class(node[1].rpartition(":")[2].rpartition(".")[2], tuple(node[2]))(*children)
+
+
+@functools.lru_cache(maxsize=64)
+def _namedtuple_class(name: str, fields: tuple[str, ...]) -> Any:
+    """A namedtuple with these fields; names that Python does not allow become ``_0``, ``_1``, ..."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        name = "Restored"
+    return collections.namedtuple(name, fields, rename=True)  # type: ignore[misc]
+
+
+def nested_dicts(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
+    """A tree of plain dicts from keys; what a renamed tree becomes when nobody gives a structure."""
+    if list(keys) == [""]:
+        return leaves[0]
+    root: dict[Any, Any] = {}
+    for key, leaf in zip(keys, leaves, strict=True):
+        *parents, last = (unescape_component(part) for part in key.split("/"))
+        inner = root
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise CheckpointError(f"key {key!r} lies below another leaf")
+        if last in inner:
+            raise CheckpointError(f"key {key!r} collides with another key")
+        inner[last] = leaf
+    return root

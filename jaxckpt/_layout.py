@@ -1,0 +1,342 @@
+"""Which chunks does a tree become, in which objects do they lie, and in which pieces are they written?
+
+All functions here are pure. Boxes are half-open, shapes are those of the stored form.
+
+1. `cut_shard`: a shard is cut along its leading axis (and the next, where one row is still too long), so that every
+   chunk is one contiguous range of the shard's bytes and can be written without a copy.
+2. `plan_writes`: chunks below ``pack_bytes_max`` are laid into packs one after the other, the others become objects
+   of their own.
+3. Both are cut into *pieces*, what one write call carries: a part of one chunk, or several packed chunks. Pieces of
+   packs start at multiples of 4096 bytes for O_DIRECT, chunks in packs at multiples of 64 for zero-copy restores.
+   A packed chunk's stored length runs to the start of the next one, so that checksums cover the padding too.
+4. `flat_boxes` goes the other way: the boxes that a range of a chunk's elements covers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._config import BLOCK_BYTES
+from ._manifest import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT
+from ._shardings import Box
+
+# A pack is closed when it has this many bytes: large enough for full disk speed, small enough for one request to an
+# object store.
+_PACK_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafExtent:
+    """What the layout has to know of a leaf that has bytes.
+
+    Attributes:
+      shape: Stored shape.
+      itemsize: Bytes of a stored element.
+      shard_shape: Shape of every shard.
+      owners: For the low corner of each distinct shard, the number of the shard that is written.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    shard_shape: tuple[int, ...]
+    owners: tuple[tuple[tuple[int, ...], int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """A byte range of a shard and where it goes.
+
+    Attributes:
+      leaf: Number of the leaf.
+      shard: Number of the shard.
+      lo, hi: Bytes of the shard, in C order.
+      at: Bytes from the start of the piece.
+      stored: Bytes that it takes in the piece, padding included.
+      chunk: Row of its chunk.
+      block: Number of its first checksum block in the chunk.
+    """
+
+    leaf: int
+    shard: int
+    lo: int
+    hi: int
+    at: int
+    stored: int
+    chunk: int
+    block: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """What one write call carries: ``length`` bytes at ``offset`` of an object."""
+
+    object: int
+    offset: int
+    length: int
+    segments: tuple[Segment, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedObject:
+    """An object to write. ``leaf`` and ``index`` name a chunk; a pack has leaf None and its number as index."""
+
+    leaf: int | None
+    index: tuple[int, ...]
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WritePlan:
+    """Everything that will be written for the arrays of a tree, and the chunk columns of the manifest."""
+
+    chunk_shapes: tuple[tuple[int, ...], ...]
+    objects: tuple[PlannedObject, ...]
+    pieces: tuple[Piece, ...]
+    pack: np.ndarray[Any, Any]
+    offset: np.ndarray[Any, Any]
+    length: np.ndarray[Any, Any]
+    packs: tuple[int, ...]
+    nbytes: int
+
+    @functools.cached_property
+    def segments_of_shard(self) -> dict[tuple[int, int], int]:
+        """How many segments each (leaf, shard) is written in, in the order in which they are first needed."""
+        counts: dict[tuple[int, int], int] = {}
+        for piece in self.pieces:
+            for segment in piece.segments:
+                shard = (segment.leaf, segment.shard)
+                counts[shard] = counts.get(shard, 0) + 1
+        return counts
+
+
+@functools.lru_cache(maxsize=4096)
+def cut_shard(shape: tuple[int, ...], itemsize: int, chunk_bytes_max: int) -> tuple[int, ...]:
+    """Shape of the chunks of a shard: contiguous in it, dividing it, at most ``chunk_bytes_max`` bytes.
+
+    Where no divisor of an axis gives a chunk between a sixteenth of the limit and the limit, the chunk is larger.
+    """
+    chunk = [max(size, 1) for size in shape]
+    for axis in range(len(chunk)):
+        row_bytes = math.prod(chunk[axis + 1 :]) * itemsize
+        if chunk[axis] * row_bytes <= chunk_bytes_max:
+            break
+        if row_bytes > chunk_bytes_max:
+            chunk[axis] = 1
+            continue
+        divisors = [rows for rows in _divisors(chunk[axis]) if rows * row_bytes <= chunk_bytes_max]
+        if divisors and divisors[-1] * row_bytes * 16 >= chunk_bytes_max:
+            chunk[axis] = divisors[-1]
+        else:
+            chunk[axis] = min(rows for rows in _divisors(chunk[axis]) if rows * row_bytes > chunk_bytes_max)
+        break
+    return tuple(chunk)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def plan_writes(
+    leaves: Sequence[LeafExtent | None], *, chunk_bytes_max: int, pack_bytes_max: int, piece_bytes: int
+) -> WritePlan:
+    """Lays out the chunks of a tree.
+
+    Args:
+      leaves: One extent for each leaf; None for leaves that lie in the manifest.
+      chunk_bytes_max: Most bytes of a chunk, see `cut_shard`.
+      pack_bytes_max: Chunks of fewer bytes are packed.
+      piece_bytes: Most bytes of a piece; a multiple of the block size.
+    """
+    planner = _Planner(min(pack_bytes_max, piece_bytes - PIECE_ALIGNMENT), piece_bytes)
+    chunk_shapes: list[tuple[int, ...]] = []
+    for number, extent in enumerate(leaves):
+        if extent is None:
+            chunk_shapes.append(())
+            continue
+        chunk_shape = cut_shard(extent.shard_shape, extent.itemsize, chunk_bytes_max)
+        chunk_shapes.append(chunk_shape)
+        planner.add_leaf(number, extent, chunk_shape)
+    return planner.finish(tuple(chunk_shapes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _chunks_of(extent: LeafExtent, chunk_shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+    """For each chunk in grid order: its index, the number of its shard, and its first byte in that shard."""
+    grid = tuple(size // chunk for size, chunk in zip(extent.shape, chunk_shape, strict=True))
+    owners = dict(extent.owners)
+    chunks = []
+    for index in np.ndindex(grid):
+        lo = [place * size for place, size in zip(index, chunk_shape, strict=True)]
+        corner = tuple(at // size * size for at, size in zip(lo, extent.shard_shape, strict=True))
+        first = 0
+        for at, start, size in zip(lo, corner, extent.shard_shape, strict=True):
+            first = first * size + at - start
+        chunks.append((index, owners[corner], first * extent.itemsize))
+    return tuple(chunks)
+
+
+class _Planner:
+    """Appends leaf after leaf to the objects, pieces and columns of a plan."""
+
+    def __init__(self, pack_bytes_max: int, piece_bytes: int) -> None:
+        self._pack_bytes_max = pack_bytes_max
+        self._piece_bytes = piece_bytes
+        self._objects: list[PlannedObject] = []
+        self._pieces: list[Piece] = []
+        self._pack: list[int] = []
+        self._offset: list[int] = []
+        self._length: list[int] = []
+        self._packs: list[int] = []
+        self._nbytes = 0
+        # The pack being filled: bytes in closed pieces, bytes in the open piece, and what is in it.
+        self._pack_object: int | None = None
+        self._pack_bytes = 0
+        self._piece_fill = 0
+        self._piece_segments: list[Segment] = []
+
+    def add_leaf(self, leaf: int, extent: LeafExtent, chunk_shape: tuple[int, ...]) -> None:
+        nbytes = math.prod(chunk_shape) * extent.itemsize
+        for index, shard, first in _chunks_of(extent, chunk_shape):
+            self._nbytes += nbytes
+            if nbytes < self._pack_bytes_max:
+                self._add_packed(leaf, shard, first, nbytes)
+            else:
+                self._add_object(leaf, index, shard, first, nbytes)
+
+    def _add_object(self, leaf: int, index: tuple[int, ...], shard: int, first: int, nbytes: int) -> None:
+        number = len(self._objects)
+        chunk = len(self._pack)
+        self._objects.append(PlannedObject(leaf, index, nbytes))
+        self._pack.append(OWN_OBJECT)
+        self._offset.append(0)
+        self._length.append(nbytes)
+        for offset in range(0, nbytes, self._piece_bytes):
+            length = min(self._piece_bytes, nbytes - offset)
+            block = offset // BLOCK_BYTES
+            segment = Segment(leaf, shard, first + offset, first + offset + length, 0, length, chunk, block)
+            self._pieces.append(Piece(number, offset, length, (segment,)))
+
+    def _add_packed(self, leaf: int, shard: int, first: int, nbytes: int) -> None:
+        stored = _align(nbytes, PACK_ALIGNMENT)
+        if self._piece_fill and _align(self._piece_fill + stored, PIECE_ALIGNMENT) > self._piece_bytes:
+            self._close_piece()
+            if self._pack_bytes >= _PACK_BYTES:
+                self._close_pack()
+        if self._pack_object is None:
+            self._pack_object = len(self._objects)
+            self._objects.append(PlannedObject(None, (len(self._packs),), 0))
+        chunk = len(self._pack)
+        self._piece_segments.append(Segment(leaf, shard, first, first + nbytes, self._piece_fill, stored, chunk, 0))
+        self._pack.append(len(self._packs))
+        self._offset.append(self._pack_bytes + self._piece_fill)
+        self._length.append(stored)
+        self._piece_fill += stored
+
+    def _close_piece(self) -> None:
+        """Ends the open piece of the pack at a multiple of 4096; the last chunk is stored with the padding."""
+        if not self._piece_segments:
+            return
+        assert self._pack_object is not None
+        length = _align(self._piece_fill, PIECE_ALIGNMENT)
+        padding = length - self._piece_fill
+        last = self._piece_segments[-1]
+        self._piece_segments[-1] = dataclasses.replace(last, stored=last.stored + padding)
+        self._length[last.chunk] += padding
+        self._pieces.append(Piece(self._pack_object, self._pack_bytes, length, tuple(self._piece_segments)))
+        self._pack_bytes += length
+        self._piece_fill = 0
+        self._piece_segments = []
+
+    def _close_pack(self) -> None:
+        if self._pack_object is None:
+            return
+        self._objects[self._pack_object] = PlannedObject(None, (len(self._packs),), self._pack_bytes)
+        self._packs.append(self._pack_bytes)
+        self._pack_object = None
+        self._pack_bytes = 0
+
+    def finish(self, chunk_shapes: tuple[tuple[int, ...], ...]) -> WritePlan:
+        self._close_piece()
+        self._close_pack()
+        return WritePlan(
+            chunk_shapes=chunk_shapes,
+            objects=tuple(self._objects),
+            pieces=tuple(self._pieces),
+            pack=np.array(self._pack, np.int32),
+            offset=np.array(self._offset, np.uint64),
+            length=np.array(self._length, np.uint64),
+            packs=tuple(self._packs),
+            nbytes=self._nbytes,
+        )
+
+
+def _align(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+# --- ranges of elements as boxes, and boxes as ranges of blocks -----------------------------------------------
+
+
+def flat_boxes(lo: int, hi: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes, disjoint and in order, that elements ``[lo, hi)`` of an array in C order make up.
+
+    Example:
+      >>> list(flat_boxes(3, 10, (3, 4)))
+      [((0, 3), (1, 4)), ((1, 0), (2, 4)), ((2, 0), (3, 2))]
+    """
+    if lo >= hi:
+        return
+    if not shape:
+        yield (), ()
+        return
+    if len(shape) == 1:
+        yield (lo,), (hi,)
+        return
+    row = math.prod(shape[1:])
+    first, first_at = divmod(lo, row)
+    last, last_at = divmod(hi, row)
+    if first_at or first == last:
+        for inner_lo, inner_hi in flat_boxes(first_at, min(hi - first * row, row), shape[1:]):
+            yield (first, *inner_lo), (first + 1, *inner_hi)
+        first += 1
+    if first < last:
+        yield (first, *(0,) * (len(shape) - 1)), (last, *shape[1:])
+    if last_at and last >= first:
+        for inner_lo, inner_hi in flat_boxes(0, last_at, shape[1:]):
+            yield (last, *inner_lo), (last + 1, *inner_hi)
+
+
+def blocks_of_box(box: Box, shape: tuple[int, ...], itemsize: int) -> set[int]:
+    """Numbers of the checksum blocks of a chunk that a box of it touches.
+
+    Args:
+      box: Box in the coordinates of the chunk; not empty.
+      shape: Shape of the chunk.
+      itemsize: Bytes of an element.
+    """
+    lo, hi = box
+    strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+    # Steps of at most one block leave no block out, so that only the axes with longer steps must be walked.
+    walked = [axis for axis, stride in enumerate(strides) if stride > BLOCK_BYTES]
+    rest = range(len(walked), len(shape))
+    inner_first = sum(lo[axis] * strides[axis] for axis in rest)
+    inner_last = sum((hi[axis] - 1) * strides[axis] for axis in rest) + itemsize - 1
+    blocks: set[int] = set()
+    for place in np.ndindex(*(hi[axis] - lo[axis] for axis in walked)):
+        start = sum((lo[axis] + step) * strides[axis] for axis, step in zip(walked, place, strict=True))
+        blocks.update(range((start + inner_first) // BLOCK_BYTES, (start + inner_last) // BLOCK_BYTES + 1))
+    return blocks
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The box that two boxes share, or None."""
+    lo = tuple(map(max, a[0], b[0]))
+    hi = tuple(map(min, a[1], b[1]))
+    return None if any(start >= stop for start, stop in zip(lo, hi, strict=True)) else (lo, hi)

@@ -1,0 +1,216 @@
+"""What kinds of leaves are there, and what must be known of each to bring it back exactly?
+
+A leaf is a `jax.Array`, an array of typed PRNG keys, a `numpy.ndarray`, or a Python or NumPy scalar. `inspect_leaves`
+turns each into a `Leaf`: a spec for the manifest, and either the value itself or the array whose bytes are to be
+written. Everything that cannot be stored is refused here, all of it at once, before any I/O.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from ._dtypes import DtypeDescriptor, describe_dtype, stored_form
+from ._errors import Problem, UnsupportedLeafError, list_problems
+from ._layout import LeafExtent
+from ._manifest import LeafSpec, encode_value
+from ._shardings import box_of
+
+# Longer strings go to chunks, so that the manifest stays small.
+_INLINE_BYTES_MAX = 1 << 14
+
+_VALUE_TYPES = (bool, int, float, complex, str, bytes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Template:
+    """All that leaves with equal shape, dtype and sharding share; built once for each and reused.
+
+    Attributes:
+      spec: For the manifest; its chunk shape and sharding index are filled in later.
+      sharding: Sharding of the array, or None for host data.
+      extent: For the layout; None for values.
+    """
+
+    spec: LeafSpec
+    sharding: Sharding | None
+    extent: LeafExtent | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf that can be stored: its template, and its value or the array that holds its bytes."""
+
+    template: Template
+    value: Any = None
+    data: jax.Array | np.ndarray[Any, Any] | None = None
+
+
+class _Refused(Exception):
+    """Says why a leaf cannot be stored and what to do."""
+
+
+def inspect_leaves(keys: Sequence[str], leaves: Sequence[Any]) -> list[Leaf]:
+    """Classifies the leaves of a tree.
+
+    Raises:
+      UnsupportedLeafError: Some cannot be stored; `.problems` lists all of them.
+    """
+    inspected: list[Leaf] = []
+    problems: list[Problem] = []
+    for key, leaf in zip(keys, leaves, strict=True):
+        try:
+            inspected.append(_inspect(leaf))
+        except _Refused as refusal:
+            problems.append(Problem(key, "leaf", str(refusal)))
+    if problems:
+        headline = f"cannot save the tree: {len(problems)} of {len(keys)} leaves cannot be stored"
+        raise UnsupportedLeafError(list_problems(headline, problems, ["nothing was written"]), problems)
+    return inspected
+
+
+def _inspect(leaf: Any) -> Leaf:
+    if isinstance(leaf, jax.Array):
+        return _inspect_jax(leaf)
+    if isinstance(leaf, np.ndarray):
+        return _inspect_numpy(leaf)
+    if isinstance(leaf, np.generic):
+        return Leaf(_VALUE_TEMPLATE, value=_encode_scalar(leaf))
+    if type(leaf) in _VALUE_TYPES:
+        return _inspect_value(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise _Refused("is a ShapeDtypeStruct, which has no values; save arrays")
+    if callable(leaf):
+        raise _Refused(
+            f"is a {type(leaf).__name__}, and code is not stored; take it out of the tree "
+            "(equinox.partition(tree, equinox.is_array), or a static field)"
+        )
+    raise _Refused(
+        f"is of type {type(leaf).__module__}.{type(leaf).__qualname__}; store arrays, numbers, strings or bytes, "
+        "or register the type as a pytree node"
+    )
+
+
+def _inspect_jax(leaf: jax.Array) -> Leaf:
+    if isinstance(leaf, jax.core.Tracer):
+        raise _Refused("is a tracer: call save outside of jit, grad and vmap")
+    if leaf.is_deleted():
+        raise _Refused("was deleted or donated before the save; save before the step that donates it")
+    sharding = leaf.sharding
+    if getattr(getattr(sharding, "spec", None), "unreduced", None):
+        raise _Refused("is unreduced: its shards hold partial sums; jax.reshard it to a reduced sharding first")
+    if not leaf.is_fully_addressable:
+        raise _Refused("spans several processes, and this version saves from one process only")
+    if isinstance(leaf.dtype, np.dtype):
+        return Leaf(
+            _array_template(leaf.shape, leaf.dtype, leaf.weak_type, leaf.committed, sharding),
+            data=leaf,
+        )
+    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise _Refused(f"has the extended dtype {leaf.dtype}, which has no stored form; save its base array")
+    data = jax.random.key_data(leaf)
+    return Leaf(
+        _key_template(str(jax.random.key_impl(leaf)), data.shape, data.dtype, leaf.committed, sharding, data.sharding),
+        data=data,
+    )
+
+
+def _inspect_numpy(leaf: np.ndarray[Any, Any]) -> Leaf:
+    if type(leaf) not in (np.ndarray, np.memmap):
+        raise _Refused(f"is a {type(leaf).__qualname__}; convert it with numpy.asarray, which drops what it adds")
+    if leaf.dtype.hasobject:
+        raise _Refused("is an array of Python objects; convert it to a dtype with a fixed size")
+    try:
+        descriptor = describe_dtype(leaf.dtype)
+    except TypeError as error:
+        raise _Refused(str(error)) from error
+    order = "F" if leaf.flags.f_contiguous and not leaf.flags.c_contiguous else "C"
+    spec = LeafSpec(kind="numpy", dtype=descriptor, shape=leaf.shape, order=order)
+    return Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
+
+
+def _inspect_value(leaf: Any) -> Leaf:
+    if isinstance(leaf, str) and len(leaf) > _INLINE_BYTES_MAX // 4:
+        return _long_value("str", leaf.encode("utf-8", "surrogatepass"))
+    if isinstance(leaf, bytes) and len(leaf) > _INLINE_BYTES_MAX:
+        return _long_value("bytes", leaf)
+    return Leaf(_VALUE_TEMPLATE, value=encode_value(leaf))
+
+
+def _long_value(kind: str, data: bytes) -> Leaf:
+    array = np.frombuffer(data, np.uint8)
+    spec = LeafSpec(kind=kind, dtype="uint8", shape=array.shape)
+    return Leaf(Template(spec, None, _host_extent(array.shape, array.dtype)), data=array)
+
+
+def _encode_scalar(leaf: np.generic) -> list[Any]:
+    try:
+        return encode_value(leaf)
+    except TypeError as error:
+        raise _Refused(str(error)) from error
+
+
+_VALUE_TEMPLATE = Template(LeafSpec("value"), None, None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _array_template(
+    shape: tuple[int, ...], dtype: np.dtype[Any], weak_type: bool, committed: bool, sharding: Sharding
+) -> Template:
+    spec = LeafSpec(
+        kind="array", dtype=describe_dtype(dtype), shape=shape, weak_type=bool(weak_type), committed=committed
+    )
+    return Template(spec, sharding, _device_extent(shape, dtype, sharding))
+
+
+@functools.lru_cache(maxsize=256)
+def _key_template(
+    impl: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    committed: bool,
+    key_sharding: Sharding,
+    data_sharding: Sharding,
+) -> Template:
+    spec = LeafSpec(kind="key", dtype=describe_dtype(dtype), shape=shape, committed=committed, impl=impl)
+    return Template(spec, key_sharding, _device_extent(shape, dtype, data_sharding))
+
+
+def _device_extent(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding) -> LeafExtent:
+    """Extent of a sharded array; of equal shards the first in the order of the array's own shards is written."""
+    owners: dict[tuple[int, ...], int] = {}
+    for number, index in enumerate(sharding.addressable_devices_indices_map(shape).values()):
+        owners.setdefault(box_of(index, shape)[0], number)
+    return _extent(shape, dtype, sharding.shard_shape(shape), owners)
+
+
+def _host_extent(shape: tuple[int, ...], dtype: np.dtype[Any]) -> LeafExtent:
+    return _extent(shape, dtype, shape, {(0,) * len(shape): 0})
+
+
+def _extent(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    shard_shape: tuple[int, ...],
+    owners: dict[tuple[int, ...], int],
+) -> LeafExtent:
+    stored_shape, itemsize = stored_form(dtype, shape)
+    stored_shard, _ = stored_form(dtype, shard_shape)
+    corner_tail = (0,) * (len(stored_shape) - len(shape))
+    return LeafExtent(
+        shape=stored_shape,
+        itemsize=itemsize,
+        shard_shape=tuple(max(size, 1) for size in stored_shard),
+        owners=tuple((corner + corner_tail, number) for corner, number in owners.items()),
+    )
+
+
+def dtype_descriptor_text(descriptor: DtypeDescriptor | None) -> str:
+    """A dtype descriptor for people."""
+    return "" if descriptor is None else str(descriptor)

@@ -1,0 +1,150 @@
+"""How do the pieces of a plan become objects with checksums?
+
+A few threads take pieces from a queue. Each computes the checksums of the piece's blocks, writes the piece, gives its
+memory back, and, when it was the last piece of its object, makes the object durable. Objects are written in parallel
+and in any order; nothing refers to them yet.
+
+The threads are not daemons and are all started before `save_async` returns: a program that ends meanwhile still
+finishes its save (new threads and executors are refused by then). After the first failure the rest of the queue is
+drained without writing, so that nobody waits for memory for ever.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import final
+
+import xxhash
+
+from ._config import BLOCK_BYTES
+from ._layout import Piece, WritePlan
+from ._manifest import CHECKSUM_BYTES
+from ._progress import ProgressMeter
+from ._store import Buffer, ObjectWriter, Store
+
+
+@final
+class PieceWriter:
+    """Writes pieces in background threads.
+
+    Args:
+      store: Where to.
+      plan: What the pieces belong to.
+      names: Name of each object of the plan.
+      threads: Number of threads.
+      meter: Is told of written bytes.
+    """
+
+    def __init__(
+        self, store: Store, plan: WritePlan, names: list[str], *, threads: int, meter: ProgressMeter
+    ) -> None:
+        self._store = store
+        self._plan = plan
+        self._names = names
+        self._meter = meter
+        blocks = -(-plan.length.astype("int64") // BLOCK_BYTES)
+        self._first_block: list[int] = (blocks.cumsum() - blocks).tolist()
+        self.checksums = bytearray(CHECKSUM_BYTES * int(blocks.sum()))
+        self._queue: queue.SimpleQueue[tuple[Piece, Buffer, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+        self._pieces_left = [0] * len(plan.objects)
+        for piece in plan.pieces:
+            self._pieces_left[piece.object] += 1
+        self._writers: dict[int, ObjectWriter] = {}
+        self._object_locks = [threading.Lock() for _ in plan.objects]
+        count = min(threads, len(plan.pieces))
+        self._threads = [
+            threading.Thread(target=self._work, name=f"jaxckpt-write-{number}") for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The first failure, if any."""
+        return self._failure
+
+    def submit(self, piece: Piece, data: Buffer, give_back: Callable[[], None]) -> None:
+        """Queues a piece; raises at once when writing has already failed.
+
+        Args:
+          piece: A piece of the plan.
+          data: Its bytes, which must not change until ``give_back`` is called.
+          give_back: Called when they are written, or never will be.
+        """
+        if self._failure is not None:
+            give_back()
+            raise self._failure
+        self._queue.put((piece, data, give_back))
+
+    def finish(self) -> None:
+        """Waits until every piece of the plan is durable; raises the first failure."""
+        self._join()
+        if self._failure is not None:
+            raise self._failure
+        if any(self._pieces_left):
+            raise RuntimeError("pieces of the plan were never submitted")
+
+    def abandon(self, failure: BaseException) -> None:
+        """Stops writing, waits for the threads and closes what is open."""
+        with self._lock:
+            self._failure = self._failure or failure
+        self._join()
+
+    def _join(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        for writer in self._writers.values():
+            writer.abandon()
+        self._writers.clear()
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            piece, data, give_back = item
+            try:
+                if self._failure is None:
+                    self._write(piece, data)
+            except BaseException as error:
+                with self._lock:
+                    self._failure = self._failure or error
+            finally:
+                give_back()
+                del item, data, give_back  # the bytes may belong to the caller: hold them no longer than needed
+
+    def _write(self, piece: Piece, data: Buffer) -> None:
+        self._compute_checksums(piece, data)
+        writer = self._open(piece.object)
+        writer.write(piece.offset, data)
+        with self._lock:
+            self._pieces_left[piece.object] -= 1
+            is_complete = self._pieces_left[piece.object] == 0
+            if is_complete:
+                del self._writers[piece.object]
+        if is_complete:
+            writer.finish()
+        self._meter.add(piece.length)
+
+    def _compute_checksums(self, piece: Piece, data: Buffer) -> None:
+        view = memoryview(data)
+        for segment in piece.segments:
+            row = self._first_block[segment.chunk] + segment.block
+            end = segment.at + segment.stored
+            for start in range(segment.at, end, BLOCK_BYTES):
+                digest = xxhash.xxh3_128_digest(view[start : min(start + BLOCK_BYTES, end)])
+                self.checksums[row * CHECKSUM_BYTES : (row + 1) * CHECKSUM_BYTES] = digest
+                row += 1
+
+    def _open(self, number: int) -> ObjectWriter:
+        """The writer of an object; the first of its pieces creates it."""
+        with self._object_locks[number]:
+            writer = self._writers.get(number)
+            if writer is None:
+                writer = self._store.create(self._names[number], self._plan.objects[number].length)
+                with self._lock:
+                    self._writers[number] = writer
+        return writer

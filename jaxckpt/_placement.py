@@ -1,0 +1,138 @@
+"""How do verified bytes on the host become leaves again?
+
+A `Target` says for one leaf what is wanted: which kind, on which sharding, in which shape and dtype. From it follow
+the boxes to read (`boxes_of`), and `place` makes the leaf from them.
+
+On CPU a 64-byte aligned buffer becomes a `jax.Array` without a copy, so buffers are never written again after they
+were placed. Arrays are built with `jax.make_array_from_callback`, which puts the shards of one array on their devices
+with one call; the boxes were deduplicated before, so that replicas share their host bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from ._manifest import LeafSpec, decode_value
+from ._resharding import Destination
+from ._shardings import Box, box_of, shard_boxes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """What one restored leaf shall be.
+
+    Attributes:
+      leaf: Number of the saved leaf.
+      kind: ``"array"``, ``"key"``, ``"numpy"``, ``"value"``, ``"bytes"``, ``"str"``.
+      sharding: For arrays and keys; None makes them uncommitted on the default device.
+      shape: Wanted shape of the array or key data.
+      dtype: Wanted dtype; for keys that of the key data.
+      weak_type: Whether the array is weakly typed.
+      python_type: Type of a Python number that is made from an array (``cast=True``).
+    """
+
+    leaf: int
+    kind: str
+    sharding: Sharding | None = None
+    shape: tuple[int, ...] = ()
+    dtype: np.dtype[Any] | None = None
+    weak_type: bool = False
+    python_type: type | None = None
+
+
+def boxes_of(target: Target, spec: LeafSpec) -> list[Box]:
+    """The distinct boxes of the stored form that a target needs from this process."""
+    if spec.kind == "value":
+        return []
+    stored = spec.stored_shape
+    if target.kind in ("array", "key") and target.sharding is not None and target.shape == spec.shape:
+        return list(shard_boxes(target.sharding, target.shape))
+    return [((0,) * len(stored), stored)]
+
+
+def place(target: Target, spec: LeafSpec, value: Any, destinations: Sequence[Destination]) -> Any:
+    """The leaf that a target wants.
+
+    Args:
+      target: What is wanted.
+      spec: What was saved.
+      value: The saved value's record, for leaves that lie in the manifest.
+      destinations: One for each box of `boxes_of`, filled.
+    """
+    if spec.kind == "value":
+        return _from_value(target, decode_value(value))
+    if target.kind == "bytes":
+        return _whole(destinations, spec).tobytes()
+    if target.kind == "str":
+        return _whole(destinations, spec).tobytes().decode("utf-8", "surrogatepass")
+    if target.kind == "value":
+        assert target.python_type is not None
+        return target.python_type(_whole(destinations, spec).reshape(())[()])
+    if target.kind == "numpy":
+        return _numpy_leaf(target, spec, destinations)
+    array = _jax_array(target, spec, destinations)
+    if target.kind == "key":
+        return jax.random.wrap_key_data(array, impl=spec.impl)
+    return _with_weak_type(array) if target.weak_type else array
+
+
+def _from_value(target: Target, value: Any) -> Any:
+    if target.kind == "value":
+        return value if target.python_type in (None, type(value)) else target.python_type(value)
+    array = np.asarray(value, target.dtype)
+    if target.kind == "numpy":
+        return array
+    return jax.device_put(array, target.sharding)
+
+
+def _typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
+    """A destination as an array of the saved dtype in the shape of its box."""
+    lo, hi = destination.box
+    sizes = tuple(stop - start for start, stop in zip(lo, hi, strict=True))[: len(spec.shape)]
+    if destination.buffer is None or destination.nbytes == 0:
+        return np.empty(sizes, spec.np_dtype)
+    return destination.buffer.view(spec.np_dtype).reshape(sizes)
+
+
+def _whole(destinations: Sequence[Destination], spec: LeafSpec) -> np.ndarray[Any, Any]:
+    (destination,) = destinations
+    return _typed(destination, spec)
+
+
+def _numpy_leaf(target: Target, spec: LeafSpec, destinations: Sequence[Destination]) -> np.ndarray[Any, Any]:
+    array = _whole(destinations, spec).reshape(target.shape)
+    if target.dtype is not None and array.dtype != target.dtype:
+        array = array.astype(target.dtype)
+    return np.asfortranarray(array) if spec.order == "F" else array
+
+
+def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destination]) -> jax.Array:
+    dtype = target.dtype or spec.np_dtype
+    if target.sharding is None or target.shape != spec.shape:
+        whole = _whole(destinations, spec).reshape(target.shape).astype(dtype, copy=False)
+        if target.sharding is None:
+            return jax.device_put(whole)
+        return jax.make_array_from_callback(
+            target.shape, target.sharding, lambda index: np.ascontiguousarray(whole[index])
+        )
+    arrays = {
+        destination.box: _typed(destination, spec).astype(dtype, copy=False) for destination in destinations
+    }
+    if len(arrays) == 1:
+        (only,) = arrays.values()
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda _: only)
+    return jax.make_array_from_callback(
+        target.shape, target.sharding, lambda index: arrays[box_of(index, target.shape)]
+    )
+
+
+def _with_weak_type(array: jax.Array) -> jax.Array:
+    # What jax.Array's own unpickling does; there is no public way. It costs no copy and no retrace.
+    array.aval = array.aval.update(weak_type=True)  # type: ignore[misc, attr-defined]
+    return array

@@ -1,0 +1,387 @@
+"""How does one save run, from the tree to the commit, and on which threads?
+
+    caller's thread        __init__ (flatten, inspect, plan, begin)    stage (snapshot)   -> goes on
+    background thread                                                  drain, finish (metadata, sync, manifest)
+    writer threads                                                     pieces
+
+A blocking save does all of it on the caller's thread but for the writing. After a failure anywhere, the other parties
+stop at their next step, whoever is last cleans up, and nothing is committed: the manifest is published only when
+the snapshot was staged whole *and* every piece of the plan is durable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import importlib.metadata
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn, final
+
+import jax
+import jaxlib
+import msgpack
+import numpy as np
+
+from ._commit import begin
+from ._config import SaveOptions, piece_bytes_for, resolve_host_bytes_max
+from ._errors import CheckpointError, WriteError
+from ._keys import flatten
+from ._layout import LeafExtent, WritePlan, plan_writes
+from ._leaves import Template, inspect_leaves
+from ._manifest import ChunkTable, LeafSpec, Manifest, StoredObject
+from ._persist import PieceWriter
+from ._progress import Progress, ProgressMeter
+from ._shardings import describe_sharding
+from ._snapshot import PinnedSnapshot, choose_staging, take_snapshot
+from ._store import Store, open_store
+from ._zarr import METADATA_NAME, array_metadata, group_metadata, leaf_directory
+
+_log = logging.getLogger("jaxckpt")
+
+# Blocking saves hand over views; only packs pass through buffers, and more of them would not make anything faster.
+_DIRECT_BYTES_MAX = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What a finished save says of itself.
+
+    Attributes:
+      path: Where the checkpoint is.
+      nbytes: Bytes of the arrays.
+      bytes_written: Bytes of all objects, manifest included.
+      leaves: Number of leaves.
+      objects: Number of objects that hold chunks.
+      blocked_s: Seconds for which the caller of the save had to wait.
+      seconds: Seconds from the call to the commit.
+    """
+
+    path: str
+    nbytes: int
+    bytes_written: int
+    leaves: int
+    objects: int
+    blocked_s: float
+    seconds: float
+
+
+@final
+class SaveJob:
+    """One save from flattening to commit; each step is called once, in the order of the methods."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], tree: Any, overwrite: bool, metadata: Any, options: SaveOptions, *, is_blocking: bool
+    ) -> None:
+        self._began_s = time.perf_counter()
+        self._blocked_s: float | None = None
+        _check_metadata(metadata)
+        self._metadata = metadata
+        self._flat = flatten(tree)
+        leaves = inspect_leaves(self._flat.keys, self._flat.leaves)
+        self._flat.leaves.clear()
+        self._templates = [leaf.template for leaf in leaves]
+        self._values = {number: leaf.value for number, leaf in enumerate(leaves) if leaf.template.extent is None}
+
+        host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
+        staging = choose_staging(leaves, options.staging)
+        if is_blocking and staging == "pool":
+            staging, host_bytes_max = "direct", min(host_bytes_max, _DIRECT_BYTES_MAX)
+        piece_bytes = piece_bytes_for(host_bytes_max)
+        self._plan = _plan_for(
+            tuple(template.extent for template in self._templates),
+            options.chunk_bytes_max,
+            options.pack_bytes_max,
+            piece_bytes,
+        )
+        self.store = open_store(path)
+        self.meter = ProgressMeter(sum(piece.length for piece in self._plan.pieces), "snapshot")
+        self._directories = _directories_for(self._flat.keys, self._templates, self._plan, options.pack_bytes_max)
+        try:
+            self._attempt = begin(self.store, may_overwrite=overwrite)
+        except OSError as error:
+            self._raise(error)
+        self._snapshot = take_snapshot(staging, leaves, self._plan, host_bytes_max, piece_bytes)
+        self._writer = PieceWriter(
+            self.store, self._plan, self._object_names(), threads=options.io_threads, meter=self.meter
+        )
+        self._staged = threading.Event()
+        self._stage_failure: BaseException | None = None
+
+    def run(self) -> CheckpointInfo:
+        """All steps of a blocking save."""
+        if isinstance(self._snapshot, PinnedSnapshot):
+            # One thread hands over what has arrived while this one transfers within the memory bound.
+            drainer = threading.Thread(target=self._drain_quietly, name="jaxckpt-drain")
+            drainer.start()
+            try:
+                self.stage()
+            finally:
+                drainer.join()
+        else:
+            self._stage_quietly()
+        return self.finish()
+
+    def stage(self) -> None:
+        """Takes the snapshot on the caller's thread; afterwards the tree may be donated."""
+        try:
+            self._snapshot.stage(self._writer.submit)
+        except BaseException as error:
+            self._stage_failure = error
+            raise
+        finally:
+            self._staged.set()
+
+    def caller_goes_on(self) -> None:
+        """Notes that the caller does not wait any longer."""
+        self._blocked_s = time.perf_counter() - self._began_s
+
+    def drain(self) -> None:
+        """Hands the writer what the snapshot still holds, and waits until it was staged whole."""
+        self._drain_quietly()
+        self._staged.wait()
+
+    def finish(self) -> CheckpointInfo:
+        """Waits for the writer, then commits."""
+        try:
+            if self._stage_failure is not None:
+                raise self._stage_failure
+            self.meter.enter("write")
+            self._writer.finish()
+            self.meter.enter("commit")
+            objects = self._write_metadata()
+            manifest_bytes = self._attempt.commit(self._manifest(objects))
+        except BaseException as error:
+            self._clean_up(error)
+            self._raise(self._writer.failure or error)
+        self.meter.enter("done")
+        seconds = time.perf_counter() - self._began_s
+        info = CheckpointInfo(
+            path=self.store.path,
+            nbytes=self._plan.nbytes,
+            bytes_written=int(self._plan.length.sum()) + sum(entry.length for entry in objects) + manifest_bytes,
+            leaves=len(self._flat.keys),
+            objects=len(self._plan.objects),
+            blocked_s=self._blocked_s if self._blocked_s is not None else seconds,
+            seconds=seconds,
+        )
+        _log.info("saved %s: %d leaves, %d bytes in %.3f s", info.path, info.leaves, info.bytes_written, info.seconds)
+        return info
+
+    def _stage_quietly(self) -> None:
+        try:
+            self.stage()
+        except Exception:
+            _log.debug("the snapshot of %s failed; finish raises why", self.store.path)
+
+    def _drain_quietly(self) -> None:
+        """A failure here is found again by `finish`: pieces are missing then."""
+        try:
+            self._snapshot.drain(self._writer.submit)
+        except BaseException as error:
+            self._stage_failure = self._stage_failure or error
+            self._release_snapshot()
+
+    def _release_snapshot(self) -> None:
+        if isinstance(self._snapshot, PinnedSnapshot):
+            self._snapshot.give_up()
+
+    def _clean_up(self, error: BaseException) -> None:
+        self._release_snapshot()
+        self._writer.abandon(error)
+        self._attempt.abandon()
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        """Raises a failure in the words of this library."""
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            raise _write_error(self.store, error) from error
+        raise error
+
+    def _object_names(self) -> list[str]:
+        names = []
+        for entry in self._plan.objects:
+            if entry.leaf is None:
+                names.append(f"{self._attempt.data}/packs/0-{entry.index[0]}")
+            else:
+                chunk = ".".join(["c", *map(str, entry.index)])
+                names.append(f"{self._attempt.data}/{self._directories[entry.leaf]}/{chunk}")
+        return names
+
+    def _write_metadata(self) -> tuple[StoredObject, ...]:
+        """Writes the ``zarr.json`` objects, which make the checkpoint a Zarr group."""
+        attempt = self._attempt
+        groups = {""}
+        for leaf, directory in self._directories.items():
+            spec = self._spec(leaf, None)
+            attempt.put_metadata(f"{directory}/{METADATA_NAME}", array_metadata(self._flat.keys[leaf], spec))
+            parts = directory.split("/")
+            groups.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        for group in sorted(groups):
+            attempt.put_metadata(f"{group}/{METADATA_NAME}".lstrip("/"), group_metadata())
+        attempt.put_root_group()
+        return attempt.metadata_objects
+
+    def _spec(self, leaf: int, sharding: int | None) -> LeafSpec:
+        chunk_shape = self._plan.chunk_shapes[leaf]
+        return dataclasses.replace(self._templates[leaf].spec, chunk_shape=chunk_shape, sharding=sharding)
+
+    def _manifest(self, objects: tuple[StoredObject, ...]) -> Manifest:
+        shardings: dict[int, int] = {}
+        descriptors: list[dict[str, Any]] = []
+        specs: dict[Any, int] = {}
+        spec_list: list[LeafSpec] = []
+        spec_index = np.zeros(len(self._templates), np.uint32)
+        for leaf, template in enumerate(self._templates):
+            number = None
+            if template.sharding is not None:
+                descriptor = describe_sharding(template.sharding)
+                number = shardings.setdefault(id(descriptor), len(descriptors))
+                if number == len(descriptors):
+                    descriptors.append(descriptor)
+            identity = (id(template) if template.sharding is not None else leaf, self._plan.chunk_shapes[leaf])
+            if template.extent is None:
+                identity = ("value", ())
+            if identity not in specs:
+                specs[identity] = len(spec_list)
+                spec_list.append(self._spec(leaf, number))
+            spec_index[leaf] = specs[identity]
+        return Manifest(
+            data=self._attempt.data,
+            created_s=time.time(),
+            writer=library_versions(),
+            metadata=self._metadata,
+            nodes=self._flat.nodes,
+            keys=self._flat.keys,
+            specs=tuple(spec_list),
+            spec_index=spec_index,
+            values=self._values,
+            shardings=tuple(descriptors),
+            directories=self._directories,
+            packs=self._plan.packs,
+            chunks=ChunkTable(self._plan.pack, self._plan.offset, self._plan.length, bytes(self._writer.checksums)),
+            objects=objects,
+        )
+
+
+@final
+class PendingSave:
+    """A save that goes on in the background. `jaxckpt.save_async` makes these."""
+
+    def __init__(self, job: SaveJob) -> None:
+        self._path = job.store.path
+        self._meter = job.meter
+        self._snapshot_done = threading.Event()
+        self._done = threading.Event()
+        self._info: CheckpointInfo | None = None
+        self._failure: BaseException | None = None
+        # Not a daemon: a program that ends now still finishes the save.
+        self._thread = threading.Thread(target=self._run, args=(job,), name="jaxckpt-save", daemon=False)
+        self._thread.start()
+        try:
+            job.stage()
+        except BaseException:
+            # The background thread notices, cleans up and says in its own words what failed.
+            self._thread.join()
+            raise self._failure or RuntimeError("the snapshot failed") from None
+        job.caller_goes_on()
+
+    def _run(self, job: SaveJob) -> None:
+        try:
+            job.drain()
+            self._snapshot_done.set()
+            self._info = job.finish()
+        except BaseException as error:
+            self._failure = error
+            _log.error("%s", error)
+        finally:
+            self._snapshot_done.set()
+            self._done.set()
+
+    def wait(self, timeout_s: float | None = None) -> CheckpointInfo:
+        """Waits until the checkpoint is durable.
+
+        Args:
+          timeout_s: Most seconds to wait; None waits for ever. The save goes on after a timeout.
+
+        Raises:
+          TimeoutError: It is not durable yet.
+          CheckpointError: The save failed; nothing was committed.
+        """
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"the save of {self._path!r} is not finished after {timeout_s} s")
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        assert self._info is not None
+        return self._info
+
+    def wait_snapshot(self, timeout_s: float | None = None) -> bool:
+        """Waits until nothing more is read from the devices; says whether that is so.
+
+        Donating needs no wait. This is for who wants the transfer out of the way of something else.
+        """
+        return self._snapshot_done.wait(timeout_s)
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return self._done.is_set()
+
+    def progress(self) -> Progress:
+        """How far the save is."""
+        return self._meter.read()
+
+
+@functools.lru_cache(maxsize=8)
+def _plan_for(
+    extents: tuple[LeafExtent | None, ...], chunk_bytes_max: int, pack_bytes_max: int, piece_bytes: int
+) -> WritePlan:
+    """The write plan, remembered: a training loop saves the same tree again and again."""
+    return plan_writes(
+        extents, chunk_bytes_max=chunk_bytes_max, pack_bytes_max=pack_bytes_max, piece_bytes=piece_bytes
+    )
+
+
+def _directories_for(
+    keys: Sequence[str], templates: Sequence[Template], plan: WritePlan, pack_bytes_max: int
+) -> dict[int, str]:
+    """Directory of each leaf that is a Zarr array: those with objects of their own, or all when nothing is packed."""
+    leaves = {entry.leaf for entry in plan.objects if entry.leaf is not None}
+    if pack_bytes_max == 0:
+        leaves |= {number for number, template in enumerate(templates) if template.extent is not None}
+    return {leaf: leaf_directory(keys[leaf]) for leaf in sorted(leaves)}
+
+
+def _check_metadata(metadata: Any) -> None:
+    try:
+        if msgpack.unpackb(msgpack.packb(metadata)) == metadata:
+            return
+        reason = "it would come back different (tuples become lists; dict keys must be str)"
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = str(error)
+    raise TypeError(f"metadata= must be plain data: None, bool, int, float, str, bytes, lists and dicts; {reason}")
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of what wrote a checkpoint."""
+    try:
+        own = importlib.metadata.version("jaxckpt")
+    except importlib.metadata.PackageNotFoundError:
+        own = "unknown"
+    return {"jaxckpt": own, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+
+
+def _write_error(store: Store, error: OSError) -> WriteError:
+    reason = error.strerror or str(error)
+    place = f" ({error.filename})" if error.filename else ""
+    name = errno.errorcode.get(error.errno or 0, "")
+    message = (
+        f"cannot save {store.path!r}: storage refused a write: {reason} {name}{place}\n"
+        "nothing was committed; a checkpoint that was there before is still whole\n"
+        "make room or mend the storage, then save again"
+    )
+    return WriteError(message, error.errno)

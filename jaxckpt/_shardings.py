@@ -1,0 +1,210 @@
+"""How is a sharding kept as plain data, and which sharding does a leaf get on other devices?
+
+1. `describe_sharding` turns a sharding into a dict of names and numbers. Device ids in it are hints.
+2. `rebuild_sharding` makes it again: on the same devices if their ids are there, else on the first devices of the
+   machine, else on a smaller mesh: axes shrink, the first axis first, to divisors of their size, so that whatever
+   was divisible stays divisible. With one device it is that device. It never fails for want of devices.
+3. `fit_to_mesh` puts a saved partition spec on a mesh of the caller's: axes that the mesh lacks are dropped, and a
+   dimension that no longer divides falls back to fewer axes.
+4. `shard_boxes` lists the distinct boxes of an array under a sharding, with the devices that hold each.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+_log = logging.getLogger("jaxckpt")
+
+# A half-open box [lo, hi) of an array.
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@functools.lru_cache(maxsize=4096)
+def describe_sharding(sharding: Sharding) -> dict[str, Any]:
+    """Plain data that says what the sharding is. Callers must not change it."""
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        mesh = sharding.mesh
+        if all(isinstance(name, str) for name in mesh.axis_names):
+            return {
+                "type": "named",
+                "axes": [[name, int(size)] for name, size in mesh.shape.items()],
+                "axis_types": [axis_type.name for axis_type in mesh.axis_types],
+                "spec": [_describe_dimension(entry) for entry in sharding.spec],
+                "memory_kind": _special_memory_kind(sharding),
+                "device_ids": [int(device.id) for device in mesh.devices.flat],
+            }
+    if isinstance(sharding, SingleDeviceSharding):
+        (device,) = sharding.device_set
+        return {"type": "single", "device_id": int(device.id), "memory_kind": _special_memory_kind(sharding)}
+    return {"type": "opaque", "text": repr(sharding)[:500], "memory_kind": _special_memory_kind(sharding)}
+
+
+def format_sharding(descriptor: dict[str, Any] | None) -> str:
+    """One short line for people: ``P('data', None) on data=4,model=2``."""
+    if descriptor is None:
+        return ""
+    suffix = f" in {descriptor['memory_kind']}" if descriptor["memory_kind"] else ""
+    if descriptor["type"] == "named":
+        dimensions = []
+        for entry in descriptor["spec"]:
+            names = [repr(name) for name in entry] if isinstance(entry, list) else [str(entry)]
+            dimensions.append(names[0] if len(names) == 1 else f"({', '.join(names)})")
+        axes = ",".join(f"{name}={size}" for name, size in descriptor["axes"])
+        return f"P({', '.join(dimensions)}) on {axes}{suffix}"
+    if descriptor["type"] == "single":
+        return f"device {descriptor['device_id']}{suffix}"
+    return str(descriptor.get("text", "opaque"))
+
+
+def rebuild_sharding(descriptor: dict[str, Any], shape: tuple[int, ...]) -> Sharding:
+    """The saved sharding on the devices of this process, or the nearest one that they allow.
+
+    Args:
+      descriptor: From `describe_sharding`.
+      shape: Shape of the array, which decides what still divides.
+    """
+    devices = jax.devices()
+    if descriptor["type"] != "named":
+        same = [device for device in devices if device.id == descriptor.get("device_id")]
+        return _with_memory_kind(SingleDeviceSharding((same or [default_device()])[0]), descriptor["memory_kind"])
+    if len(devices) == 1:
+        return _with_memory_kind(SingleDeviceSharding(devices[0]), descriptor["memory_kind"])
+    mesh = _rebuild_mesh(
+        tuple((name, size) for name, size in descriptor["axes"]),
+        tuple(descriptor["axis_types"]),
+        tuple(descriptor["device_ids"] or ()),
+        tuple(devices),
+    )
+    return _with_memory_kind(_fit(descriptor["spec"], mesh, shape), descriptor["memory_kind"])
+
+
+def fit_to_mesh(descriptor: dict[str, Any] | None, mesh: Mesh, shape: tuple[int, ...], key: str) -> Sharding:
+    """The saved partition spec on another mesh; replicated when there was none.
+
+    Args:
+      descriptor: From `describe_sharding`, or None.
+      mesh: The caller's mesh.
+      shape: Shape of the array.
+      key: Key of the leaf, for the log.
+    """
+    if descriptor is None or descriptor["type"] != "named":
+        return NamedSharding(mesh, PartitionSpec())
+    sharding = _fit(descriptor["spec"], mesh, shape)
+    wanted = [_known_axes(entry, mesh) for entry in descriptor["spec"]]
+    got = [_axes_of(entry) for entry in sharding.spec]
+    got += [[]] * (len(wanted) - len(got))
+    if wanted != got:
+        _log.info("%s: shape %s does not divide over %s; sharded as %s", key, shape, wanted, sharding.spec)
+    return _with_memory_kind(sharding, descriptor["memory_kind"])
+
+
+def default_device() -> jax.Device:
+    """The device that new arrays go to."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+
+
+@functools.lru_cache(maxsize=4096)
+def shard_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Device]]:
+    """Distinct boxes of the array that this process's devices hold, each with those devices."""
+    boxes: dict[Box, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        boxes.setdefault(box_of(index, shape), []).append(device)
+    return boxes
+
+
+def box_of(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
+    """The box that a tuple of slices selects."""
+    if index is None:
+        return (0,) * len(shape), shape
+    lo = tuple(0 if part.start is None else int(part.start) for part in index)
+    hi = tuple(size if part.stop is None else int(part.stop) for part, size in zip(index, shape, strict=True))
+    return lo, hi
+
+
+def _describe_dimension(entry: Any) -> Any:
+    if entry is None:
+        return None
+    if entry is PartitionSpec.UNCONSTRAINED:
+        return "unconstrained"
+    return list(entry) if isinstance(entry, tuple) else [entry]
+
+
+def _special_memory_kind(sharding: Sharding) -> str | None:
+    """The memory kind where it is not the device's default, which differs between backends and versions."""
+    device = next(iter(sharding.device_set))
+    return None if sharding.memory_kind in (None, device.default_memory().kind) else sharding.memory_kind
+
+
+def _with_memory_kind(sharding: Sharding, memory_kind: str | None) -> Sharding:
+    if memory_kind is None:
+        return sharding
+    device = next(iter(sharding.device_set))
+    if memory_kind not in {memory.kind for memory in device.addressable_memories()}:
+        _log.info("memory kind %s does not exist on %s; the default is used", memory_kind, device.platform)
+        return sharding
+    return sharding.with_memory_kind(memory_kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _rebuild_mesh(
+    axes: tuple[tuple[str, int], ...],
+    axis_types: tuple[str, ...],
+    device_ids: tuple[int, ...],
+    devices: tuple[jax.Device, ...],
+) -> Mesh:
+    names = tuple(name for name, _ in axes)
+    sizes = shrink_axes([size for _, size in axes], len(devices))
+    by_id = {device.id: device for device in devices}
+    if math.prod(sizes) == len(device_ids) and all(number in by_id for number in device_ids):
+        chosen = [by_id[number] for number in device_ids]
+    else:
+        chosen = list(devices[: math.prod(sizes)])
+    if sizes != [size for _, size in axes]:
+        _log.info("the saved mesh %s does not fit %d devices; using %s", dict(axes), len(devices), sizes)
+    grid = np.array(chosen, dtype=object).reshape(sizes)
+    return Mesh(grid, names, axis_types=tuple(AxisType[kind] for kind in axis_types))
+
+
+def shrink_axes(sizes: list[int], device_count: int) -> list[int]:
+    """Mesh axes that fit the devices: the first axis shrinks first, always to a divisor of itself."""
+    shrunk = list(sizes)
+    for axis, size in enumerate(sizes):
+        rest = math.prod(shrunk[:axis] + shrunk[axis + 1 :])
+        room = max(1, device_count // rest)
+        if size > room:
+            shrunk[axis] = max(divisor for divisor in range(1, room + 1) if size % divisor == 0)
+    return shrunk
+
+
+def _fit(spec: list[Any], mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """The spec on the mesh, each dimension with as many of its axes, from the left, as divide it."""
+    entries: list[Any] = []
+    for entry, size in zip(spec, shape, strict=False):
+        axes = _known_axes(entry, mesh)
+        while axes and size % math.prod(mesh.shape[name] for name in axes):
+            axes.pop()
+        if not axes:
+            entries.append(None)
+        else:
+            entries.append(axes[0] if len(axes) == 1 else tuple(axes))
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def _known_axes(entry: Any, mesh: Mesh) -> list[str]:
+    return [name for name in entry if name in mesh.shape] if isinstance(entry, list) else []
+
+
+def _axes_of(entry: Any) -> list[str]:
+    if entry is None:
+        return []
+    return list(entry) if isinstance(entry, tuple) else [entry]

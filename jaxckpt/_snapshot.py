@@ -1,0 +1,452 @@
+"""How do the bytes of a tree leave the devices without stopping the training loop?
+
+The problem. A training step donates its state: the memory that a save wants to read is overwritten by the next
+step, which the loop launches as soon as `save_async` returns. And the loop must not wait for the disk, nor, on an
+accelerator, for the step in flight.
+
+What does not work (the tests keep these as negative controls). ``copy_to_host_async`` and reading later loses the
+value: the array is deleted by the donation. ``device_put`` to the array's own sharding is no copy: both are deleted.
+Holding a NumPy view of a live buffer works on CPU, but then XLA cannot reuse the buffer and the next step copies; on
+GPU the step fails. Reading host values off the training arrays caches them there for as long as the arrays live.
+
+What we do.
+
+* ``pinned`` (GPU, TPU): one batched ``device_put`` of all shards to ``pinned_host`` memory. It is enqueued behind the
+  computation in flight and before the next one; the runtime orders the donating step after the copy on the device.
+  The caller waits for nothing. What we later read on the host are these disposable copies.
+* ``pool`` (CPU, where the values are in host memory already): wait for the values and copy them, piece by piece, into
+  buffers that are reused from save to save, since memory touched for the first time costs five times its copy.
+* ``direct`` (a blocking `save` on CPU): nothing is copied, since the caller waits until everything is written. Views
+  are held meanwhile, so that a thread that donates the arrays anyway cannot disturb the save.
+
+Memory. `HostMemory` counts every byte of staging of the process against ``host_bytes_max``. When there is no room,
+the caller of `save_async` waits until the writer has released some. A shard that is larger than the room is sliced
+on its device.
+
+Invariant: when `stage` returns, every array, NumPy leaf and Python value of the tree may be donated, deleted or
+overwritten, and no reference to a leaf is kept. Deliberately not here: any knowledge of files or of the manifest.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from ._config import PIECE_BYTES
+from ._dtypes import is_sub_byte
+from ._layout import Piece, Segment, WritePlan, flat_boxes
+from ._leaves import Leaf
+from ._store import Buffer, allocate_aligned
+
+# Called with a piece, its bytes, and a function that gives the bytes' memory back.
+Submit = Callable[[Piece, Buffer, Callable[[], None]], None]
+
+
+@final
+class HostMemory:
+    """Staging memory of the process: a count of what is in use, and buffers that are kept for the next save."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._bytes_in_use = 0
+        self._idle: list[Buffer] = []
+
+    def reserve(self, nbytes: int, bytes_max: int) -> None:
+        """Waits until so many bytes fit below the cap; a request above the cap passes when nothing else is in use."""
+        with self._changed:
+            while self._bytes_in_use and self._bytes_in_use + nbytes > bytes_max:
+                self._changed.wait()
+            self._bytes_in_use += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Gives reserved bytes back."""
+        with self._changed:
+            self._bytes_in_use -= nbytes
+            self._changed.notify_all()
+
+    def take_buffer(self, nbytes: int, bytes_max: int) -> Buffer:
+        """A buffer for one piece, which stays reserved until `return_buffer`."""
+        self.reserve(nbytes, bytes_max)
+        with self._changed:
+            if self._idle:
+                return self._idle.pop()
+        return allocate_aligned(PIECE_BYTES)
+
+    def return_buffer(self, buffer: Buffer, nbytes: int) -> None:
+        """Gives a buffer of `take_buffer` back."""
+        with self._changed:
+            self._idle.append(buffer)
+        self.release(nbytes)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes that are reserved now."""
+        with self._changed:
+            return self._bytes_in_use
+
+
+# For the whole process: the cap is on the machine's memory, however many saves run. Pinned copies are counted apart
+# from the buffers into which they are assembled, since one waits for the other.
+HOST_MEMORY = HostMemory()
+PINNED_MEMORY = HostMemory()
+
+
+def choose_staging(leaves: Sequence[Leaf], staging: str) -> str:
+    """``"pinned"`` or ``"pool"``, by the devices that hold the arrays."""
+    if staging != "auto":
+        return staging
+    for leaf in leaves:
+        if isinstance(leaf.data, jax.Array):
+            device = next(iter(leaf.data.sharding.addressable_devices))
+            if device.platform != "cpu" and _pinned_sharding(device) is not None:
+                return "pinned"
+    return "pool"
+
+
+class Snapshot(abc.ABC):
+    """The bytes of a tree on their way to the writer.
+
+    Args:
+      leaves: The leaves of the tree.
+      plan: What is written of them.
+      bytes_max: Cap on staging, see `HostMemory`.
+      piece_bytes: Most bytes of a piece.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], plan: WritePlan, bytes_max: int, piece_bytes: int) -> None:
+        self._leaves: Sequence[Leaf] = leaves
+        self._plan = plan
+        self._bytes_max = bytes_max
+        self._piece_bytes = piece_bytes
+
+    @abc.abstractmethod
+    def stage(self, submit: Submit) -> None:
+        """Called on the caller's thread; when it returns the caller may donate the tree."""
+
+    @abc.abstractmethod
+    def drain(self, submit: Submit) -> None:
+        """Called on the background thread: hands over what `stage` did not."""
+
+    def _copy_piece(self, piece: Piece, copy_to: Callable[[Segment, Buffer], None], submit: Submit) -> None:
+        """Copies the segments of a piece into a staging buffer and submits that."""
+        nbytes = self._piece_bytes
+        buffer = HOST_MEMORY.take_buffer(nbytes, self._bytes_max)
+        give_back = functools.partial(HOST_MEMORY.return_buffer, buffer, nbytes)
+        try:
+            for segment in piece.segments:
+                end = segment.at + segment.hi - segment.lo
+                copy_to(segment, buffer[segment.at : end])
+                buffer[end : segment.at + segment.stored] = 0
+        except BaseException:
+            give_back()
+            raise
+        submit(piece, buffer[: piece.length], give_back)
+
+
+@final
+class PoolSnapshot(Snapshot):
+    """Copies everything into reused host buffers before `stage` returns."""
+
+    def stage(self, submit: Submit) -> None:
+        reader = _HostReader(self._leaves)
+        for piece in self._plan.pieces:
+            self._copy_piece(piece, reader.copy_to, submit)
+        self._leaves = ()
+
+    def drain(self, submit: Submit) -> None:
+        """Nothing is left to do."""
+
+
+@final
+class DirectSnapshot(Snapshot):
+    """Hands over views of the arrays themselves, for a caller who waits; only packs are assembled in buffers."""
+
+    def stage(self, submit: Submit) -> None:
+        reader = _HostReader(self._leaves)
+        for piece in self._plan.pieces:
+            segment = piece.segments[0]
+            if len(piece.segments) == 1 and segment.stored == segment.hi - segment.lo and reader.is_view(segment):
+                submit(piece, reader.read(segment), _nothing)
+            else:
+                self._copy_piece(piece, reader.copy_to, submit)
+        self._leaves = ()
+
+    def drain(self, submit: Submit) -> None:
+        """Nothing is left to do."""
+
+
+def _nothing() -> None:
+    """Memory that belongs to the caller is not given back."""
+
+
+@final
+class _HostReader:
+    """Byte ranges of shards that are in host memory, without leaving anything cached on the arrays."""
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self._leaves = leaves
+        self._shard: tuple[int, int] | None = None
+        self._array: np.ndarray[Any, Any] = np.empty(0, np.uint8)
+
+    def read(self, segment: Segment) -> Buffer:
+        """The bytes of a segment: a view where the shard is contiguous, else a copy."""
+        return _byte_range(self._view(segment), segment.lo, segment.hi)
+
+    def copy_to(self, segment: Segment, out: Buffer) -> None:
+        """Copies the bytes of a segment."""
+        out[:] = self.read(segment)
+
+    def is_view(self, segment: Segment) -> bool:
+        """Whether `read` gives a view."""
+        return bool(self._view(segment).flags.c_contiguous)
+
+    def _view(self, segment: Segment) -> np.ndarray[Any, Any]:
+        shard = (segment.leaf, segment.shard)
+        if self._shard != shard:  # consecutive segments mostly belong to one shard
+            self._array = host_view(self._leaves[segment.leaf].data, segment.shard)
+            self._shard = shard
+        return self._array
+
+
+def host_view(data: Any, shard: int) -> np.ndarray[Any, Any]:
+    """A NumPy array of one shard; waits until it is computed.
+
+    On CPU it is a view, which is not cached on the array. Where the host form differs (elements of less than a byte,
+    other backends) the conversion would be cached, so it is made from a second handle to the same buffer.
+    """
+    if isinstance(data, np.ndarray):
+        return data
+    array = data.addressable_data(shard)
+    (device,) = array.devices()
+    if device.platform != "cpu" or is_sub_byte(array.dtype):
+        array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
+    return np.asarray(array)
+
+
+def _byte_range(array: np.ndarray[Any, Any], lo: int, hi: int) -> Buffer:
+    if array.flags.c_contiguous:
+        return array.reshape(-1).view(np.uint8)[lo:hi]
+    # Fortran order, strides: gather just the range, so that a large leaf is never copied whole.
+    itemsize = array.dtype.itemsize
+    first, last = lo // itemsize, -(-hi // itemsize)
+    parts = [
+        np.ascontiguousarray(array[tuple(slice(a, b) for a, b in zip(box_lo, box_hi, strict=True))]).reshape(-1)
+        for box_lo, box_hi in flat_boxes(first, last, array.shape)
+    ]
+    gathered = np.concatenate(parts).view(np.uint8)
+    return gathered[lo - first * itemsize : hi - first * itemsize]
+
+
+# --- pinned host memory ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _PinnedPart:
+    """Bytes ``[lo, hi)`` of a shard as a disposable array in host memory; ``left`` of them are still to be written."""
+
+    lo: int
+    hi: int
+    array: Any
+    left: int
+
+
+@final
+class PinnedSnapshot(Snapshot):
+    """Transfers shards to pinned host memory in the background; the writer reads them there.
+
+    The caller's thread appends parts of shards in the order of the plan, the background thread consumes them in the
+    same order and gives back each part's memory as soon as its last byte is written or copied on. Neither ever
+    waits for memory while it holds something that the other one needs.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], plan: WritePlan, bytes_max: int, piece_bytes: int) -> None:
+        # Half of the memory is for pinned copies, the other half for buffers in which packs are assembled.
+        Snapshot.__init__(self, leaves, plan, max(bytes_max // 2, piece_bytes), piece_bytes)
+        self._pinned_bytes_max = max(bytes_max // 2, 1)
+        self._changed = threading.Condition()
+        self._parts: dict[tuple[int, int], list[_PinnedPart]] = {}
+        self._has_failed = False
+
+    def stage(self, submit: Submit) -> None:
+        try:
+            self._stage()
+        except BaseException:
+            self.give_up()
+            raise
+        finally:
+            self._leaves = ()
+
+    def drain(self, submit: Submit) -> None:
+        for piece in self._plan.pieces:
+            segment = piece.segments[0]
+            shard = (segment.leaf, segment.shard)
+            part = self._wait_for(shard, segment.lo)
+            is_whole = len(piece.segments) == 1 and segment.stored == segment.hi - segment.lo
+            if is_whole and segment.hi <= part.hi:
+                view = _byte_range(np.asarray(part.array), segment.lo - part.lo, segment.hi - part.lo)
+                submit(piece, view, functools.partial(self._consumed, shard, part, len(view)))
+            else:
+                self._copy_piece(piece, self._copy_to, submit)
+
+    def give_up(self) -> None:
+        """Releases everything that nobody will write any more."""
+        with self._changed:
+            self._has_failed = True
+            parts = [part for parts in self._parts.values() for part in parts]
+            self._parts.clear()
+            self._changed.notify_all()
+        PINNED_MEMORY.release(sum(part.hi - part.lo for part in parts))
+
+    def _stage(self) -> None:
+        group: list[tuple[tuple[int, int], Any]] = []
+        group_bytes = 0
+        for shard in self._plan.segments_of_shard:
+            array = self._shard_array(shard)
+            nbytes = _host_bytes(array)
+            if group_bytes + nbytes > self._pinned_bytes_max:
+                self._transfer(group)
+                group, group_bytes = [], 0
+            if nbytes > self._pinned_bytes_max:
+                self._transfer_sliced(shard, array)
+            else:
+                group.append((shard, array))
+                group_bytes += nbytes
+        self._transfer(group)
+
+    def _shard_array(self, shard: tuple[int, int]) -> Any:
+        leaf, number = shard
+        data = self._leaves[leaf].data
+        return data if isinstance(data, np.ndarray) else data.addressable_data(number)  # type: ignore[union-attr]
+
+    def _transfer(self, group: list[tuple[tuple[int, int], Any]]) -> None:
+        """Copies whole shards with one batched transfer."""
+        if not group:
+            return
+        PINNED_MEMORY.reserve(sum(_host_bytes(array) for _, array in group), self._pinned_bytes_max)
+        copies = _copies_on_host([array for _, array in group])
+        for (shard, array), copy in zip(group, copies, strict=True):
+            self._add_part(shard, 0, _host_bytes(array), copy)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _transfer_sliced(self, shard: tuple[int, int], array: Any) -> None:
+        """Copies a shard that is larger than the memory for it, slice by slice along its rows."""
+        row_bytes = _host_bytes(array) // array.shape[0]
+        # Two slices fit, so that one is written while the other is on its way.
+        rows = max(1, self._pinned_bytes_max // 2 // row_bytes)
+        for first in range(0, array.shape[0], rows):
+            count = min(rows, array.shape[0] - first)
+            PINNED_MEMORY.reserve(count * row_bytes, self._pinned_bytes_max)
+            copy = _copies_on_host([_slice_rows(array, first, count)])[0]
+            self._add_part(shard, first * row_bytes, (first + count) * row_bytes, copy)
+            with self._changed:
+                self._changed.notify_all()
+
+    def _add_part(self, shard: tuple[int, int], lo: int, hi: int, copy: Any) -> None:
+        with self._changed:
+            if self._has_failed:
+                PINNED_MEMORY.release(hi - lo)
+                return
+            self._parts.setdefault(shard, []).append(_PinnedPart(lo, hi, copy, hi - lo))
+
+    def _wait_for(self, shard: tuple[int, int], at: int) -> _PinnedPart:
+        """The part that holds a byte of a shard, once it is there."""
+        with self._changed:
+            while True:
+                for part in self._parts.get(shard, ()):
+                    if part.lo <= at < part.hi:
+                        return part
+                if self._has_failed:
+                    raise RuntimeError("the snapshot was given up")
+                self._changed.wait()
+
+    def _copy_to(self, segment: Segment, out: Buffer) -> None:
+        """Copies the bytes of a segment, giving back the memory of each part before waiting for the next."""
+        shard = (segment.leaf, segment.shard)
+        at = segment.lo
+        while at < segment.hi:
+            part = self._wait_for(shard, at)
+            end = min(segment.hi, part.hi)
+            view = _byte_range(np.asarray(part.array), at - part.lo, end - part.lo)
+            out[at - segment.lo : end - segment.lo] = view
+            self._consumed(shard, part, end - at)
+            at = end
+
+    def _consumed(self, shard: tuple[int, int], part: _PinnedPart, nbytes: int) -> None:
+        """Counts bytes that are written or copied on; the last ones of a part give its memory back."""
+        with self._changed:
+            part.left -= nbytes
+            parts = self._parts.get(shard, [])
+            if part.left or part not in parts:
+                return
+            parts.remove(part)
+            if not parts:
+                del self._parts[shard]
+        PINNED_MEMORY.release(part.hi - part.lo)
+
+
+def _host_bytes(array: Any) -> int:
+    """Bytes of an array on the host, where every element has whole bytes."""
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
+def _copies_on_host(arrays: list[Any]) -> list[Any]:
+    """Disposable copies of shards in pinned host memory (one batched transfer), and of NumPy arrays."""
+    shards = [array for array in arrays if not isinstance(array, np.ndarray)]
+    targets = [_pinned_sharding(next(iter(shard.devices()))) or shard.sharding for shard in shards]
+    pinned = iter(jax.device_put(shards, targets, may_alias=False) if shards else [])
+    return [np.array(array, order="C") if isinstance(array, np.ndarray) else next(pinned) for array in arrays]
+
+
+@functools.cache
+def _pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:
+    if not any(memory.kind == "pinned_host" for memory in device.addressable_memories()):
+        return None
+    return SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
+def _slice_rows(array: Any, first: int, count: int) -> Any:
+    """Rows of a shard, cut on its device.
+
+    In a thread of its own: a mesh that the caller has set (`jax.set_mesh`) belongs to the caller's thread, and jitted
+    code under it refuses arrays of single devices.
+    """
+    if isinstance(array, np.ndarray):
+        return array[first : first + count]
+    result: list[Any] = []
+    failure: list[BaseException] = []
+
+    def cut() -> None:
+        try:
+            result.append(_jitted_slice(array, first, count))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=cut, name="jaxckpt-slice")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _jitted_slice(array: Any, first: int, count: int) -> Any:
+    return jax.lax.dynamic_slice_in_dim(array, first, count, axis=0)
+
+
+def take_snapshot(
+    kind: str, leaves: Sequence[Leaf], plan: WritePlan, bytes_max: int, piece_bytes: int
+) -> PoolSnapshot | PinnedSnapshot | DirectSnapshot:
+    """The snapshot of a kind: ``"pool"``, ``"pinned"`` or ``"direct"``."""
+    classes = {"pool": PoolSnapshot, "pinned": PinnedSnapshot, "direct": DirectSnapshot}
+    return classes[kind](leaves, plan, bytes_max, piece_bytes)
