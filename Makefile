@@ -33,7 +33,7 @@ test: .venv/.installed-test
 check: .venv/.installed-dev
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
-	$(python) -m pyright --warnings
+	$(python) -m pyright --warnings --pythonpath $(python)
 	$(python) -m pytest --doctest-modules jaxckpt tests $(ARGS)
 
 format: .venv/.installed-dev

@@ -618,9 +618,9 @@ def tell_the_story(directory: Path) -> None:
     if is_committed(broken) or not broken.is_dir():
         raise DemoError(f"{broken.name} is not a save that was cut off")
     check_same_losses(killed, unbroken)
-    say(
-        f"   SIGKILL in the middle of a save: {broken.name} holds {megabytes(bytes_in(broken))}, but no manifest"
-    )
+    whole = killed.told("saved")[0]["nbytes"]
+    say("   SIGKILL in the middle of a save:")
+    say(f"   {broken.name} holds {megabytes(bytes_in(broken))} of {megabytes(whole)}, and no manifest")
 
     say("3. Resumed from the newest committed checkpoint")
     with Worker("resumed", logs, DEVICES, "train", run, "--save") as resumed:

@@ -62,8 +62,8 @@ class Attempt:
 
     @property
     def metadata_objects(self) -> tuple[StoredObject, ...]:
-        """The metadata objects written so far."""
-        return tuple(self._objects)
+        """The metadata objects written so far, by name."""
+        return tuple(sorted(self._objects, key=lambda entry: entry.name))
 
     def commit(self, manifest: Manifest) -> int:
         """Makes the checkpoint exist; returns the bytes of the manifest.

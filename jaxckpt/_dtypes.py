@@ -10,6 +10,7 @@ when an element has more than one byte.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -79,6 +80,7 @@ def zarr_name(dtype: np.dtype[Any]) -> str | None:
     return None
 
 
+@functools.cache
 def is_sub_byte(dtype: np.dtype[Any]) -> bool:
     """Whether elements have fewer than eight bits; such arrays have one byte an element on the host."""
     return dtype.name in ("int1", "uint1", "int2", "uint2", "int4", "uint4", "float4_e2m1fn")

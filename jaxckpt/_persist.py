@@ -11,9 +11,10 @@ drained without writing, so that nobody waits for memory for ever.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import xxhash
@@ -33,12 +34,20 @@ class PieceWriter:
       store: Where to.
       plan: What the pieces belong to.
       names: Name of each object of the plan.
+      first_calls: What else must be done before the save is durable; queued before all pieces.
       threads: Number of threads.
       meter: Is told of written bytes.
     """
 
     def __init__(
-        self, store: Store, plan: WritePlan, names: list[str], *, threads: int, meter: ProgressMeter
+        self,
+        store: Store,
+        plan: WritePlan,
+        names: list[str],
+        *,
+        first_calls: Sequence[Callable[[], None]],
+        threads: int,
+        meter: ProgressMeter,
     ) -> None:
         self._store = store
         self._plan = plan
@@ -47,7 +56,7 @@ class PieceWriter:
         blocks = -(-plan.length.astype("int64") // BLOCK_BYTES)
         self._first_block: list[int] = (blocks.cumsum() - blocks).tolist()
         self.checksums = bytearray(CHECKSUM_BYTES * int(blocks.sum()))
-        self._queue: queue.SimpleQueue[tuple[Piece, Buffer, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._pieces_left = [0] * len(plan.objects)
@@ -55,7 +64,9 @@ class PieceWriter:
             self._pieces_left[piece.object] += 1
         self._writers: dict[int, ObjectWriter] = {}
         self._object_locks = [threading.Lock() for _ in plan.objects]
-        count = min(threads, len(plan.pieces))
+        for call in first_calls:
+            self._queue.put(functools.partial(self._call, call))
+        count = min(threads, len(plan.pieces) + len(first_calls))
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxckpt-write-{number}") for number in range(count)
         ]
@@ -78,7 +89,7 @@ class PieceWriter:
         if self._failure is not None:
             give_back()
             raise self._failure
-        self._queue.put((piece, data, give_back))
+        self._queue.put(functools.partial(self._write_and_give_back, piece, data, give_back))
 
     def finish(self) -> None:
         """Waits until every piece of the plan is durable; raises the first failure."""
@@ -104,17 +115,24 @@ class PieceWriter:
         self._writers.clear()
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            piece, data, give_back = item
-            try:
-                if self._failure is None:
-                    self._write(piece, data)
-            except BaseException as error:
-                with self._lock:
-                    self._failure = self._failure or error
-            finally:
-                give_back()
-                del item, data, give_back  # the bytes may belong to the caller: hold them no longer than needed
+        while (work := self._queue.get()) is not None:
+            work()
+            del work  # the bytes may belong to the caller: hold them no longer than needed
+
+    def _call(self, call: Callable[[], None]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            call()
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+
+    def _write_and_give_back(self, piece: Piece, data: Buffer, give_back: Callable[[], None]) -> None:
+        try:
+            self._call(functools.partial(self._write, piece, data))
+        finally:
+            give_back()
 
     def _write(self, piece: Piece, data: Buffer) -> None:
         self._compute_checksums(piece, data)

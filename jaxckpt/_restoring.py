@@ -251,11 +251,15 @@ def restore_targets(checkpoint: Checkpoint, targets: dict[int, Target], options:
     doing = f"restore {checkpoint.path!r}"
     executor.check_metadata(_metadata_of(manifest, [target.leaf for target in targets.values()]))
     boxes = {number: boxes_of(target, manifest.spec(target.leaf)) for number, target in targets.items()}
-    executor.check_objects(plan_reads(manifest, ((targets[n].leaf, box) for n, box in boxes.items()), unit_bytes))
+    waves = _waves(manifest, targets, host_bytes_max)
+    plans = [
+        plan_reads(manifest, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes) for wave in waves
+    ]
+    for plan in plans:
+        executor.check_objects(plan)
     executor.raise_problems(doing)
     results: dict[int, Any] = {}
-    for wave in _waves(manifest, targets, host_bytes_max):
-        plan = plan_reads(manifest, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes)
+    for wave, plan in zip(waves, plans, strict=True):
         executor.read(plan)
         executor.raise_problems(doing)
         filled = iter(plan.destinations)

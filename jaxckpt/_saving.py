@@ -11,6 +11,7 @@ the snapshot was staged whole *and* every piece of the plan is durable.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -78,9 +79,9 @@ class SaveJob:
         self, path: str | os.PathLike[str], tree: Any, overwrite: bool, metadata: Any, options: SaveOptions, *, is_blocking: bool
     ) -> None:
         self._began_s = time.perf_counter()
-        self._blocked_s: float | None = None
-        _check_metadata(metadata)
-        self._metadata = metadata
+        self._staged_s = 0.0
+        self._is_blocking = False
+        self._metadata = _copy_metadata(metadata)
         self._flat = flatten(tree)
         leaves = inspect_leaves(self._flat.keys, self._flat.leaves)
         self._flat.leaves.clear()
@@ -106,24 +107,33 @@ class SaveJob:
         except OSError as error:
             self._raise(error)
         self._snapshot = take_snapshot(staging, leaves, self._plan, host_bytes_max, piece_bytes)
-        self._writer = PieceWriter(
-            self.store, self._plan, self._object_names(), threads=options.io_threads, meter=self.meter
-        )
         self._staged = threading.Event()
         self._stage_failure: BaseException | None = None
+        calls = [
+            functools.partial(self._attempt.put_metadata, name, data)
+            for name, data in self._metadata_contents().items()
+        ]
+        # Last, since its threads must be ended by whoever fails from here on.
+        self._writer = PieceWriter(
+            self.store,
+            self._plan,
+            self._object_names(),
+            first_calls=[*calls, self._attempt.put_root_group],
+            threads=options.io_threads,
+            meter=self.meter,
+        )
 
     def run(self) -> CheckpointInfo:
         """All steps of a blocking save."""
+        self._is_blocking = True
+        # A transfer within a memory bound needs another thread that hands over what has arrived.
+        drainer = threading.Thread(target=self._drain_quietly, name="jaxckpt-drain")
         if isinstance(self._snapshot, PinnedSnapshot):
-            # One thread hands over what has arrived while this one transfers within the memory bound.
-            drainer = threading.Thread(target=self._drain_quietly, name="jaxckpt-drain")
             drainer.start()
-            try:
-                self.stage()
-            finally:
-                drainer.join()
-        else:
-            self._stage_quietly()
+        with contextlib.suppress(BaseException):  # kept by `stage`, and raised by `finish` after cleaning up
+            self.stage()
+        if drainer.ident is not None:
+            drainer.join()
         return self.finish()
 
     def stage(self) -> None:
@@ -134,11 +144,8 @@ class SaveJob:
             self._stage_failure = error
             raise
         finally:
+            self._staged_s = time.perf_counter() - self._began_s
             self._staged.set()
-
-    def caller_goes_on(self) -> None:
-        """Notes that the caller does not wait any longer."""
-        self._blocked_s = time.perf_counter() - self._began_s
 
     def drain(self) -> None:
         """Hands the writer what the snapshot still holds, and waits until it was staged whole."""
@@ -153,7 +160,7 @@ class SaveJob:
             self.meter.enter("write")
             self._writer.finish()
             self.meter.enter("commit")
-            objects = self._write_metadata()
+            objects = self._attempt.metadata_objects
             manifest_bytes = self._attempt.commit(self._manifest(objects))
         except BaseException as error:
             self._clean_up(error)
@@ -166,17 +173,11 @@ class SaveJob:
             bytes_written=int(self._plan.length.sum()) + sum(entry.length for entry in objects) + manifest_bytes,
             leaves=len(self._flat.keys),
             objects=len(self._plan.objects),
-            blocked_s=self._blocked_s if self._blocked_s is not None else seconds,
+            blocked_s=seconds if self._is_blocking else self._staged_s,
             seconds=seconds,
         )
         _log.info("saved %s: %d leaves, %d bytes in %.3f s", info.path, info.leaves, info.bytes_written, info.seconds)
         return info
-
-    def _stage_quietly(self) -> None:
-        try:
-            self.stage()
-        except Exception:
-            _log.debug("the snapshot of %s failed; finish raises why", self.store.path)
 
     def _drain_quietly(self) -> None:
         """A failure here is found again by `finish`: pieces are missing then."""
@@ -211,19 +212,15 @@ class SaveJob:
                 names.append(f"{self._attempt.data}/{self._directories[entry.leaf]}/{chunk}")
         return names
 
-    def _write_metadata(self) -> tuple[StoredObject, ...]:
-        """Writes the ``zarr.json`` objects, which make the checkpoint a Zarr group."""
-        attempt = self._attempt
-        groups = {""}
+    def _metadata_contents(self) -> dict[str, bytes]:
+        """The ``zarr.json`` objects below the data directory, which make the checkpoint a Zarr group."""
+        contents: dict[str, bytes] = {METADATA_NAME: group_metadata()}
         for leaf, directory in self._directories.items():
-            spec = self._spec(leaf, None)
-            attempt.put_metadata(f"{directory}/{METADATA_NAME}", array_metadata(self._flat.keys[leaf], spec))
+            contents[f"{directory}/{METADATA_NAME}"] = array_metadata(self._flat.keys[leaf], self._spec(leaf, None))
             parts = directory.split("/")
-            groups.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-        for group in sorted(groups):
-            attempt.put_metadata(f"{group}/{METADATA_NAME}".lstrip("/"), group_metadata())
-        attempt.put_root_group()
-        return attempt.metadata_objects
+            for depth in range(1, len(parts)):
+                contents["/".join([*parts[:depth], METADATA_NAME])] = group_metadata()
+        return contents
 
     def _spec(self, leaf: int, sharding: int | None) -> LeafSpec:
         chunk_shape = self._plan.chunk_shapes[leaf]
@@ -235,6 +232,7 @@ class SaveJob:
         specs: dict[Any, int] = {}
         spec_list: list[LeafSpec] = []
         spec_index = np.zeros(len(self._templates), np.uint32)
+        chunk_shapes = self._plan.chunk_shapes
         for leaf, template in enumerate(self._templates):
             number = None
             if template.sharding is not None:
@@ -242,9 +240,8 @@ class SaveJob:
                 number = shardings.setdefault(id(descriptor), len(descriptors))
                 if number == len(descriptors):
                     descriptors.append(descriptor)
-            identity = (id(template) if template.sharding is not None else leaf, self._plan.chunk_shapes[leaf])
-            if template.extent is None:
-                identity = ("value", ())
+            # Shardings and device templates are remembered objects; host arrays are compared by what they are.
+            identity = (id(template) if template.sharding is not None else repr(template.spec), chunk_shapes[leaf])
             if identity not in specs:
                 specs[identity] = len(spec_list)
                 spec_list.append(self._spec(leaf, number))
@@ -287,7 +284,6 @@ class PendingSave:
             # The background thread notices, cleans up and says in its own words what failed.
             self._thread.join()
             raise self._failure or RuntimeError("the snapshot failed") from None
-        job.caller_goes_on()
 
     def _run(self, job: SaveJob) -> None:
         try:
@@ -355,10 +351,12 @@ def _directories_for(
     return {leaf: leaf_directory(keys[leaf]) for leaf in sorted(leaves)}
 
 
-def _check_metadata(metadata: Any) -> None:
+def _copy_metadata(metadata: Any) -> Any:
+    """A copy, so that the caller may change the original while the save goes on."""
     try:
-        if msgpack.unpackb(msgpack.packb(metadata)) == metadata:
-            return
+        copy = msgpack.unpackb(msgpack.packb(metadata))
+        if copy == metadata:
+            return copy
         reason = "it would come back different (tuples become lists; dict keys must be str)"
     except (TypeError, ValueError, OverflowError) as error:
         reason = str(error)
