@@ -39,7 +39,10 @@ def describe_dtype(dtype: np.dtype[Any]) -> DtypeDescriptor:
         raise TypeError(f"dtype {dtype} holds Python objects")
     candidates: list[DtypeDescriptor] = []
     if dtype.fields is not None or dtype.subdtype is not None:
-        candidates.append(_to_lists(np.lib.format.dtype_to_descr(dtype)))
+        try:
+            candidates.append(_to_lists(np.lib.format.dtype_to_descr(dtype)))
+        except ValueError as error:
+            raise TypeError(f"dtype {dtype} has fields that overlap or are out of order") from error
     else:
         candidates += [dtype.name, dtype.str]
     for descriptor in candidates:

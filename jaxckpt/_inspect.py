@@ -8,7 +8,7 @@ else by their bytes, in parts of bounded size.
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import math
 import os
 import time
@@ -56,7 +56,10 @@ class VerifyReport:
     def __str__(self) -> str:
         if self.ok:
             return f"{self.path}: whole, {self.bytes_read} bytes verified in {self.seconds:.2f} s"
-        lines = [f"{self.path}: {len(self.problems)} problems", *(f"  {problem}" for problem in self.problems)]
+        lines = [
+            f"{self.path}: {len(self.problems)} problems",
+            *(f"  {problem}" for problem in self.problems),
+        ]
         return "\n".join(lines)
 
 
@@ -167,8 +170,8 @@ class Description:
         lines = [
             f"checkpoint  {self.path}",
             f"committed   {self.created} by {versions}",
-            f"holds       {len(self.leaves)} leaves, {format_bytes(self.nbytes)}"
-            f" in {self.objects} objects ({format_bytes(self.stored_bytes)})",
+            f"holds       {len(self.leaves)} leaves, {format_bytes(self.nbytes)}",
+            f"stored in   {self.objects} objects, {format_bytes(self.stored_bytes)}",
         ]
         if self.metadata is not None:
             lines.append(f"metadata    {self.metadata!r}")
@@ -211,7 +214,7 @@ def describe(path: Path | Checkpoint) -> Description:
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     manifest = checkpoint.manifest
     own_objects = int(np.count_nonzero(manifest.chunks.pack < 0))
-    created = datetime.datetime.fromtimestamp(manifest.created_s, datetime.UTC)
+    created = dt.datetime.fromtimestamp(manifest.created_s, dt.UTC)
     return Description(
         path=checkpoint.path,
         created=created.isoformat(timespec="seconds"),
@@ -220,11 +223,11 @@ def describe(path: Path | Checkpoint) -> Description:
         nbytes=checkpoint.nbytes,
         stored_bytes=int(manifest.chunks.length.sum()) + sum(entry.length for entry in manifest.objects),
         objects=own_objects + len(manifest.packs) + len(manifest.objects),
-        leaves=tuple(_describe_leaf(checkpoint, checkpoint[key]) for key in checkpoint.keys()),
+        leaves=tuple(_describe_leaf(checkpoint[key]) for key in manifest.keys),
     )
 
 
-def _describe_leaf(checkpoint: Checkpoint, leaf: StoredLeaf) -> LeafDescription:
+def _describe_leaf(leaf: StoredLeaf) -> LeafDescription:
     spec = leaf.spec
     dtype = f"key<{spec.impl}>" if leaf.kind == "key" else str(leaf.dtype)
     return LeafDescription(
@@ -290,7 +293,8 @@ def diff(a: Path | Checkpoint, b: Path | Checkpoint, *, on_progress: OnProgress 
     """Compares two checkpoints leaf by leaf, whatever meshes they were saved on.
 
     Args:
-      a, b: Directories or URLs, or open `Checkpoint`s.
+      a: Directory or URL, or an open `Checkpoint`.
+      b: The same, for the other one.
       on_progress: Called with a `Progress` after each leaf.
 
     Returns:
@@ -309,7 +313,7 @@ def diff(a: Path | Checkpoint, b: Path | Checkpoint, *, on_progress: OnProgress 
     """
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
-    shared = [key for key in first.keys() if key in second]
+    shared = [key for key in first.manifest.keys if key in second]
     meter = ProgressMeter(sum(first[key].nbytes for key in shared), "read", on_progress)
     changed = []
     for key in shared:
@@ -320,8 +324,8 @@ def diff(a: Path | Checkpoint, b: Path | Checkpoint, *, on_progress: OnProgress 
     return DiffReport(
         a=first.path,
         b=second.path,
-        only_in_a=tuple(key for key in first.keys() if key not in second),
-        only_in_b=tuple(key for key in second.keys() if key not in first),
+        only_in_a=tuple(key for key in first.manifest.keys if key not in second),
+        only_in_b=tuple(key for key in second.manifest.keys if key not in first),
         changed=tuple(changed),
         equal=len(shared) - len(changed),
     )

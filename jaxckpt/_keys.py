@@ -174,8 +174,9 @@ def _describe_node(node: Any, children: list[tuple[Any, Any]], prefix: str) -> l
     if isinstance(node, dict) and all(isinstance(token, DictKey) for token, _ in children):
         return ["dict", keys]
     class_name = f"{node_type.__module__}:{node_type.__qualname__}"
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return ["namedtuple", class_name, list(node._fields)]
+    fields: Any = getattr(node, "_fields", None)
+    if isinstance(node, tuple) and fields is not None:
+        return ["namedtuple", class_name, list(fields)]
     return ["node", class_name, keys]
 
 
@@ -242,7 +243,9 @@ def _encode_key(token: Any, prefix: str) -> str | int | list[str]:
         return [json.dumps(_typed_json(key), separators=(",", ":"), ensure_ascii=False)]
     except TypeError as error:
         problem = Problem(
-            prefix, "leaf", f"holds a dict key of type {type(key).__name__}; use str, int, tuple, float, bool or bytes"
+            prefix,
+            "leaf",
+            f"holds a dict key of type {type(key).__name__}; use str, int, tuple, float, bool or bytes",
         )
         raise UnsupportedLeafError(f"cannot store the tree:\n  {problem}", [problem]) from error
 
@@ -403,13 +406,16 @@ def _rebuild_node(stream: Iterator[Any], leaves: Iterator[Any]) -> Any:
     kind = node[0]
     count = node[1] if kind in ("list", "tuple") else len(node[-1])
     children = []
-    for _ in range(count):  # no comprehension: in Python 3.11 it would take a second stack frame for each level
-        children.append(_rebuild_node(stream, leaves))
+    # No comprehension: in Python 3.11 it would take a second stack frame for each level.
+    for _ in range(count):
+        children.append(_rebuild_node(stream, leaves))  # noqa: PERF401
     if children and all(child is PRUNED for child in children):
         return PRUNED
     if kind in ("dict", "odict", "node"):
         pairs = [
-            (_decode_key(key), child) for key, child in zip(node[-1], children, strict=True) if child is not PRUNED
+            (_decode_key(key), child)
+            for key, child in zip(node[-1], children, strict=True)
+            if child is not PRUNED
         ]
         return collections.OrderedDict(pairs) if kind == "odict" else dict(pairs)
     children = [None if child is PRUNED else child for child in children]
@@ -425,7 +431,7 @@ def _namedtuple_class(name: str, fields: tuple[str, ...]) -> Any:
     """A namedtuple with these fields; names that Python does not allow become ``_0``, ``_1``, ..."""
     if not name.isidentifier() or keyword.iskeyword(name):
         name = "Restored"
-    return collections.namedtuple(name, fields, rename=True)  # type: ignore[misc]
+    return collections.namedtuple(name, fields, rename=True)  # noqa: PYI024  # pyright: ignore[reportUntypedNamedTuple]
 
 
 def nested_dicts(keys: Sequence[str], leaves: Sequence[Any]) -> Any:

@@ -167,7 +167,9 @@ def plan_writes(
 
 
 @functools.lru_cache(maxsize=4096)
-def _chunks_of(extent: LeafExtent, chunk_shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+def _chunks_of(
+    extent: LeafExtent, chunk_shape: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], int, int], ...]:
     """For each chunk in grid order: its index, the number of its shard, and its first byte in that shard."""
     grid = tuple(size // chunk for size, chunk in zip(extent.shape, chunk_shape, strict=True))
     owners = dict(extent.owners)
@@ -233,7 +235,9 @@ class _Planner:
             self._pack_object = len(self._objects)
             self._objects.append(PlannedObject(None, (len(self._packs),), 0))
         chunk = len(self._pack)
-        self._piece_segments.append(Segment(leaf, shard, first, first + nbytes, self._piece_fill, stored, chunk, 0))
+        self._piece_segments.append(
+            Segment(leaf, shard, first, first + nbytes, self._piece_fill, stored, chunk, 0)
+        )
         self._pack.append(len(self._packs))
         self._offset.append(self._pack_bytes + self._piece_fill)
         self._length.append(stored)

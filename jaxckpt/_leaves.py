@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
 from ._dtypes import DtypeDescriptor, describe_dtype, stored_form
 from ._errors import Problem, UnsupportedLeafError, list_problems
 from ._layout import LeafExtent
-from ._manifest import LeafSpec, encode_value
+from ._manifest import RANK_MAX, LeafSpec, encode_value
 from ._shardings import box_of
 
 # Longer strings go to chunks, so that the manifest stays small.
@@ -52,7 +54,7 @@ class Leaf:
     data: jax.Array | np.ndarray[Any, Any] | None = None
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Says why a leaf cannot be stored and what to do."""
 
 
@@ -67,7 +69,7 @@ def inspect_leaves(keys: Sequence[str], leaves: Sequence[Any]) -> list[Leaf]:
     for key, leaf in zip(keys, leaves, strict=True):
         try:
             inspected.append(_inspect(leaf))
-        except _Refused as refusal:
+        except _RefusedError as refusal:
             problems.append(Problem(key, "leaf", str(refusal)))
     if problems:
         headline = f"cannot save the tree: {len(problems)} of {len(keys)} leaves cannot be stored"
@@ -85,13 +87,13 @@ def _inspect(leaf: Any) -> Leaf:
     if type(leaf) in _VALUE_TYPES:
         return _inspect_value(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise _Refused("is a ShapeDtypeStruct, which has no values; save arrays")
+        raise _RefusedError("is a ShapeDtypeStruct, which has no values; save arrays")
     if callable(leaf):
-        raise _Refused(
+        raise _RefusedError(
             f"is a {type(leaf).__name__}, and code is not stored; take it out of the tree "
             "(equinox.partition(tree, equinox.is_array), or a static field)"
         )
-    raise _Refused(
+    raise _RefusedError(
         f"is of type {type(leaf).__module__}.{type(leaf).__qualname__}; store arrays, numbers, strings or bytes, "
         "or register the type as a pytree node"
     )
@@ -99,37 +101,46 @@ def _inspect(leaf: Any) -> Leaf:
 
 def _inspect_jax(leaf: jax.Array) -> Leaf:
     if isinstance(leaf, jax.core.Tracer):
-        raise _Refused("is a tracer: call save outside of jit, grad and vmap")
+        raise _RefusedError("is a tracer: call save outside of jit, grad and vmap")
     if leaf.is_deleted():
-        raise _Refused("was deleted or donated before the save; save before the step that donates it")
+        raise _RefusedError("was deleted or donated before the save; save before the step that donates it")
     sharding = leaf.sharding
     if getattr(getattr(sharding, "spec", None), "unreduced", None):
-        raise _Refused("is unreduced: its shards hold partial sums; jax.reshard it to a reduced sharding first")
+        raise _RefusedError(
+            "is unreduced: its shards hold partial sums; jax.reshard it to a reduced sharding first"
+        )
     if not leaf.is_fully_addressable:
-        raise _Refused("spans several processes, and this version saves from one process only")
-    if isinstance(leaf.dtype, np.dtype):
+        raise _RefusedError("spans several processes, and this version saves from one process only")
+    dtype: Any = leaf.dtype
+    if isinstance(dtype, np.dtype):
         return Leaf(
-            _array_template(leaf.shape, leaf.dtype, leaf.weak_type, leaf.committed, sharding),
+            _array_template(leaf.shape, dtype, leaf.weak_type, leaf.committed, sharding),
             data=leaf,
         )
-    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise _Refused(f"has the extended dtype {leaf.dtype}, which has no stored form; save its base array")
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise _RefusedError(
+            f"has the extended dtype {leaf.dtype}, which has no stored form; save its base array"
+        )
     data = jax.random.key_data(leaf)
     return Leaf(
-        _key_template(str(jax.random.key_impl(leaf)), data.shape, data.dtype, leaf.committed, sharding, data.sharding),
+        _key_template(
+            str(jax.random.key_impl(leaf)), data.shape, data.dtype, leaf.committed, sharding, data.sharding
+        ),
         data=data,
     )
 
 
 def _inspect_numpy(leaf: np.ndarray[Any, Any]) -> Leaf:
     if type(leaf) not in (np.ndarray, np.memmap):
-        raise _Refused(f"is a {type(leaf).__qualname__}; convert it with numpy.asarray, which drops what it adds")
+        raise _RefusedError(
+            f"is a {type(leaf).__qualname__}; convert it with numpy.asarray, which drops what it adds"
+        )
     if leaf.dtype.hasobject:
-        raise _Refused("is an array of Python objects; convert it to a dtype with a fixed size")
+        raise _RefusedError("is an array of Python objects; convert it to a dtype with a fixed size")
     try:
         descriptor = describe_dtype(leaf.dtype)
     except TypeError as error:
-        raise _Refused(str(error)) from error
+        raise _RefusedError(str(error)) from error
     order = "F" if leaf.flags.f_contiguous and not leaf.flags.c_contiguous else "C"
     spec = LeafSpec(kind="numpy", dtype=descriptor, shape=leaf.shape, order=order)
     return Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
@@ -153,7 +164,7 @@ def _encode_scalar(leaf: np.generic) -> list[Any]:
     try:
         return encode_value(leaf)
     except TypeError as error:
-        raise _Refused(str(error)) from error
+        raise _RefusedError(str(error)) from error
 
 
 _VALUE_TEMPLATE = Template(LeafSpec("value"), None, None)
@@ -201,6 +212,8 @@ def _extent(
     owners: dict[tuple[int, ...], int],
 ) -> LeafExtent:
     stored_shape, itemsize = stored_form(dtype, shape)
+    if len(stored_shape) > RANK_MAX:
+        raise _RefusedError(f"has rank {len(shape)}, and at most {RANK_MAX} axes are stored; reshape it")
     stored_shard, _ = stored_form(dtype, shard_shape)
     corner_tail = (0,) * (len(stored_shape) - len(shape))
     return LeafExtent(

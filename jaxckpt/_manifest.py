@@ -43,7 +43,8 @@ OWN_OBJECT = -1  # in the pack column: the chunk is an object of its own
 
 _MAGIC = "jaxckpt"
 _OBJECT_BYTES_MAX = 1 << 50  # keeps all sums of the columns far from the end of int64
-_RANK_MAX = 33  # Zarr and TensorStore allow 32, and opaque dtypes have an axis of bytes more
+# Of the stored form. NumPy's limit; Zarr readers stop at 32, and such an array is then no Zarr array to them.
+RANK_MAX = 64
 _ARRAY_KINDS = ("array", "key", "numpy", "bytes", "str")
 _KINDS = (*_ARRAY_KINDS, "value")
 
@@ -247,11 +248,11 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "checksums": manifest.chunks.checksums,
         "objects": [[entry.name, entry.length, entry.checksum] for entry in manifest.objects],
     }
-    return _frame(msgpack.packb(payload, unicode_errors="surrogatepass"))
+    return _frame(bytes(msgpack.packb(payload, unicode_errors="surrogatepass") or b""))
 
 
 def _frame(payload: bytes) -> bytes:
-    return bytes(msgpack.packb([_MAGIC, xxhash.xxh3_128_digest(payload), payload]))
+    return bytes(msgpack.packb([_MAGIC, xxhash.xxh3_128_digest(payload), payload]) or b"")
 
 
 def _encode_spec(spec: LeafSpec) -> dict[str, Any]:
@@ -290,7 +291,15 @@ def parse_manifest(data: bytes, source: str) -> Manifest:
         return _Parser(payload, source).parse()
     except FormatError:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError, RecursionError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         _fail(source, f"the manifest is malformed: {type(error).__name__}: {str(error)[:200]}", error)
 
 
@@ -370,13 +379,20 @@ class _Parser:
                 f"It was written by jaxckpt {written_by}: install that version or a newer one"
             )
         if self._fields["features"]:
-            self._fail(f"it uses features that this version does not know: {str(self._fields['features'])[:200]}")
+            self._fail(
+                f"it uses features that this version does not know: {str(self._fields['features'])[:200]}"
+            )
         if self._fields["block_bytes"] != BLOCK_BYTES or self._fields["checksum"] != "xxh3-128":
             self._fail("it uses another block size or checksum than format 1 has")
 
     def _data_directory(self) -> str:
         name = self._fields["data"]
-        if not isinstance(name, str) or not name.startswith("data-") or not name[5:].isalnum() or len(name) > 100:
+        if (
+            not isinstance(name, str)
+            or not name.startswith("data-")
+            or not name[5:].isalnum()
+            or len(name) > 100
+        ):
             self._fail("it names a bad data directory")
         return name
 
@@ -427,8 +443,8 @@ class _Parser:
         if spec.kind in ("bytes", "str") and not (spec.dtype == "uint8" and len(spec.shape) == 1):
             self._fail("a long string that is not a row of bytes")
         stored = spec.stored_shape
-        if len(stored) > _RANK_MAX:
-            self._fail(f"an array of rank {len(stored)}; the most is 32")
+        if len(stored) > RANK_MAX:
+            self._fail(f"an array of rank {len(stored)}; the most is {RANK_MAX}")
         if len(spec.chunk_shape) != len(stored):
             self._fail("a chunk shape of another rank than its array")
         for size, chunk in zip(stored, spec.chunk_shape, strict=True):
@@ -459,7 +475,9 @@ class _Parser:
         sizes = [self._size(size) for _, size in axes]
         if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names) or 0 in sizes:
             self._fail("a mesh with bad axes")
-        if len(axis_types) != len(names) or not all(kind in ("Auto", "Explicit", "Manual") for kind in axis_types):
+        if len(axis_types) != len(names) or not all(
+            kind in ("Auto", "Explicit", "Manual") for kind in axis_types
+        ):
             self._fail("a mesh with bad axis types")
         used = [name for dimension in descriptor["spec"] if isinstance(dimension, list) for name in dimension]
         if len(set(used)) != len(used) or not set(used) <= set(names):
@@ -492,19 +510,22 @@ class _Parser:
         return np.frombuffer(data, dtype)
 
     def _chunks(self, specs: tuple[LeafSpec, ...], spec_index: np.ndarray[Any, Any]) -> ChunkTable:
-        leaves_of_spec = np.bincount(spec_index, minlength=len(specs)).tolist() if len(spec_index) else [0] * len(specs)
+        leaves_of_spec = (
+            np.bincount(spec_index, minlength=len(specs)).tolist() if len(spec_index) else [0] * len(specs)
+        )
         # Python integers: a hostile shape must not wrap around.
         count = sum(spec.chunk_count * leaves for spec, leaves in zip(specs, leaves_of_spec, strict=True))
+        checksums = self._fields["checksums"]
+        if not isinstance(checksums, bytes):
+            self._fail("its checksums are not bytes")
         table = ChunkTable(
             pack=self._column("chunk_pack", "<i4", count),
             offset=self._column("chunk_offset", "<u8", count),
             length=self._column("chunk_length", "<u8", count),
-            checksums=self._fields["checksums"],
+            checksums=checksums,
         )
         if count and max(int(table.length.max()), int(table.offset.max())) >= _OBJECT_BYTES_MAX:
             self._fail("a chunk beyond all storage")
-        if not isinstance(table.checksums, bytes):
-            self._fail("its checksums are not bytes")
         if len(table.checksums) != int(table.block_starts[-1]) * CHECKSUM_BYTES:
             self._fail("its checksums are not those of its chunks")
         return table
@@ -519,7 +540,9 @@ class _Parser:
 
     def _check_leaves(self, manifest: Manifest) -> None:
         is_value = np.array([spec.kind == "value" for spec in manifest.specs], bool)
-        of_values = np.flatnonzero(is_value[manifest.spec_index]) if len(manifest.keys) else np.zeros(0, np.int64)
+        of_values = (
+            np.flatnonzero(is_value[manifest.spec_index]) if len(manifest.keys) else np.zeros(0, np.int64)
+        )
         if sorted(manifest.values) != of_values.tolist():
             self._fail("its values are not those of its leaves")
         if len(set(manifest.directories.values())) != len(manifest.directories):
@@ -528,7 +551,9 @@ class _Parser:
     def _check_chunks(self, manifest: Manifest) -> None:
         chunks = manifest.chunks
         counts = np.diff(manifest.chunk_starts)
-        sizes = np.array([0 if spec.kind == "value" else spec.chunk_nbytes for spec in manifest.specs], object)
+        sizes = np.array(
+            [0 if spec.kind == "value" else spec.chunk_nbytes for spec in manifest.specs], object
+        )
         if any(size >= _OBJECT_BYTES_MAX for size in sizes):
             self._fail("a chunk beyond all storage")
         nbytes = np.repeat(sizes.astype(np.int64)[manifest.spec_index] if len(counts) else counts, counts)
@@ -547,7 +572,9 @@ class _Parser:
             self._fail("its directories are not those of its chunks")
         self._check_packs(manifest, is_packed, length)
 
-    def _check_packs(self, manifest: Manifest, is_packed: np.ndarray[Any, Any], length: np.ndarray[Any, Any]) -> None:
+    def _check_packs(
+        self, manifest: Manifest, is_packed: np.ndarray[Any, Any], length: np.ndarray[Any, Any]
+    ) -> None:
         """Packed chunks fill their packs: no holes, no overlaps, nothing beyond the end."""
         pack = manifest.chunks.pack[is_packed].astype(np.int64)
         offset = manifest.chunks.offset.astype(np.int64)[is_packed]

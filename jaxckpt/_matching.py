@@ -53,7 +53,9 @@ def select_keys(keys: Sequence[str], select: Select) -> list[bool]:
     ]
     if problems:
         advice = [f"saved keys: {_some(keys)}"]
-        raise MismatchError(list_problems("select= names leaves that are not there", problems, advice), problems)
+        raise MismatchError(
+            list_problems("select= names leaves that are not there", problems, advice), problems
+        )
     return [any(column) for column in zip(*matches, strict=True)] if matches else [False] * len(keys)
 
 
@@ -99,7 +101,9 @@ def rename_keys(keys: Sequence[str], rename: Rename) -> list[str]:
             problems.append(Problem(new_key, "rename", f"would be both {first_owner[new_key]!r} and {key!r}"))
         first_owner[new_key] = key
     if problems:
-        raise MismatchError(list_problems("rename= cannot be applied", problems, [f"saved keys: {_some(keys)}"]), problems)
+        raise MismatchError(
+            list_problems("rename= cannot be applied", problems, [f"saved keys: {_some(keys)}"]), problems
+        )
     return renamed
 
 
@@ -150,10 +154,12 @@ def match_leaves(
       manifest: What is saved.
       saved: New key of each selected leaf, to its number.
       unselected: New keys of the leaves that were not selected; places with these keys keep the leaf of ``like``.
-      like_keys, like_leaves: The wanted tree.
+      like_keys: Keys of the wanted tree.
+      like_leaves: Its leaves.
       missing: ``"error"`` or ``"keep"``.
       unexpected: ``"error"`` or ``"ignore"``.
-      cast, reshape: Whether dtypes and shapes may differ.
+      cast: Whether dtypes may differ.
+      reshape: Whether shapes may differ.
       path: For messages.
 
     Raises:
@@ -211,12 +217,21 @@ def _differences(
         yield Problem(key, "kind", message), ""
         return
     if like_kind == "key" and like.dtype != _key_dtype(spec.impl or ""):
-        yield Problem(key, "dtype", f"dtype {_key_dtype(spec.impl or '')} on disk, {like.dtype} in `like`"), ""
+        yield (
+            Problem(key, "dtype", f"dtype {_key_dtype(spec.impl or '')} on disk, {like.dtype} in `like`"),
+            "",
+        )
     shape = logical_shape(spec)
     if tuple(like.shape) != shape:
-        can_reshape = reshape and like_kind != "key" and np.prod(like.shape, dtype=object) == np.prod(shape, dtype=object)
+        can_reshape = (
+            reshape
+            and like_kind != "key"
+            and np.prod(like.shape, dtype=object) == np.prod(shape, dtype=object)
+        )
         if not can_reshape:
-            hint = "" if reshape else "pass reshape=True to give arrays with equally many elements another shape"
+            hint = (
+                "" if reshape else "pass reshape=True to give arrays with equally many elements another shape"
+            )
             yield Problem(key, "shape", f"shape {shape} on disk, {tuple(like.shape)} in `like`"), hint
     if like_kind != "key" and np.dtype(like.dtype) != spec.np_dtype and not cast:
         message = f"dtype {spec.np_dtype} on disk, {np.dtype(like.dtype)} in `like`"
@@ -224,22 +239,35 @@ def _differences(
 
 
 def _value_differences(
-    key: str, manifest: Manifest, leaf: int, spec: LeafSpec, like: Any, like_kind: str, saved_kind: str, *, cast: bool
+    key: str,
+    manifest: Manifest,
+    leaf: int,
+    spec: LeafSpec,
+    like: Any,
+    like_kind: str,
+    saved_kind: str,
+    *,
+    cast: bool,
 ) -> Iterable[tuple[Problem, str]]:
     saved_type = _saved_type(manifest, leaf, spec)
     if like_kind == saved_kind == "value":
-        if saved_type == type(like).__name__ or (cast and _is_number(saved_type) and _is_number(type(like).__name__)):
+        if saved_type == type(like).__name__ or (
+            cast and _is_number(saved_type) and _is_number(type(like).__name__)
+        ):
             return
         message = f"{saved_type} on disk, {type(like).__name__} in `like`"
     else:
         # A number and an array without axes hold the same thing, but one is not the other.
         saved_shape = () if saved_kind == "value" else logical_shape(spec)
         like_shape = () if like_kind == "value" else tuple(like.shape)
-        is_number = _is_number(saved_type) and _is_number(type(like).__name__ if like_kind == "value" else "array")
+        is_number = _is_number(saved_type) and _is_number(
+            type(like).__name__ if like_kind == "value" else "array"
+        )
         if cast and saved_shape == like_shape == () and is_number and "key" not in (like_kind, saved_kind):
             return
         names = {"value": "{0}", "array": "a jax.Array", "numpy": "a NumPy array", "key": "PRNG keys"}
-        message = f"{names[saved_kind].format(saved_type)} on disk, {names[like_kind].format(type(like).__name__)} in `like`"
+        on_disk = names[saved_kind].format(saved_type)
+        message = f"{on_disk} on disk, {names[like_kind].format(type(like).__name__)} in `like`"
     yield Problem(key, "kind", message), "pass cast=True to convert between numbers"
 
 
@@ -254,7 +282,9 @@ def _saved_type(manifest: Manifest, leaf: int, spec: LeafSpec) -> str:
 
 
 def _is_number(type_name: str) -> bool:
-    return type_name not in ("str", "bytes") and not type_name.startswith(("str", "bytes", "datetime", "timedelta", "<"))
+    return type_name not in ("str", "bytes") and not type_name.startswith(
+        ("str", "bytes", "datetime", "timedelta", "<")
+    )
 
 
 def _kind_of(like: Any) -> str | None:

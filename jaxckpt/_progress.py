@@ -33,7 +33,9 @@ class Progress:
 class ProgressMeter:
     """Counts bytes from several threads and hands out `Progress` values."""
 
-    def __init__(self, bytes_total: int, phase: str, on_progress: Callable[[Progress], None] | None = None) -> None:
+    def __init__(
+        self, bytes_total: int, phase: str, on_progress: Callable[[Progress], None] | None = None
+    ) -> None:
         self._lock = threading.Lock()
         self._bytes_done = 0
         self._bytes_total = bytes_total
@@ -58,4 +60,6 @@ class ProgressMeter:
     def read(self) -> Progress:
         """The state of this moment."""
         with self._lock:
-            return Progress(self._phase, self._bytes_done, self._bytes_total, time.monotonic() - self._began_s)
+            return Progress(
+                self._phase, self._bytes_done, self._bytes_total, time.monotonic() - self._began_s
+            )

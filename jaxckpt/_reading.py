@@ -34,7 +34,9 @@ def open_checkpoint(path: Any) -> Checkpoint:
             "check the path; a save that was interrupted leaves none"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {store.path!r}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot read the checkpoint {store.path!r}: {error.strerror or error}"
+        ) from error
     return Checkpoint(store, parse_manifest(data, store.path), len(data))
 
 
@@ -111,7 +113,12 @@ class Checkpoint:
         """
         return rebuild(self._manifest.nodes, [StoredLeaf(self, leaf) for leaf in range(len(self))])
 
-    def _read_boxes(self, leaf: int, boxes: Sequence[Box]) -> list[Destination]:
+    def count_read(self, nbytes: int) -> None:
+        """Adds to `bytes_read`."""
+        self._bytes_read += nbytes
+
+    def read_boxes(self, leaf: int, boxes: Sequence[Box]) -> list[Destination]:
+        """Reads and verifies boxes of the stored form of a leaf."""
         plan = plan_reads(self._manifest, [(leaf, boxes)], PIECE_BYTES)
         executor = ReadExecutor(self._store, self._manifest, threads=RestoreOptions().io_threads)
         executor.check_objects(plan)
@@ -156,7 +163,7 @@ class StoredLeaf:
 
     @property
     def dtype(self) -> Any:
-        """dtype of the elements; for PRNG keys that of the key data, for other values their Python type's name."""
+        """Type of the elements; for PRNG keys that of the key data, for other values their Python type's name."""
         if self._spec.kind == "value":
             value = self[...]
             return value.dtype if isinstance(value, np.generic) else type(value).__name__
@@ -201,7 +208,7 @@ class StoredLeaf:
         spec = self._spec
         tail = spec.stored_shape[len(spec.shape) :]
         stored_box = (box[0] + (0,) * len(tail), box[1] + tail)
-        (destination,) = self._checkpoint._read_boxes(self._leaf, [stored_box])
+        (destination,) = self._checkpoint.read_boxes(self._leaf, [stored_box])
         sizes = tuple(hi - lo for lo, hi in zip(*box, strict=True))
         if destination.buffer is None or destination.nbytes == 0:
             return np.empty(sizes, spec.np_dtype)
@@ -229,7 +236,7 @@ class StoredLeaf:
 
 def _box_of_index(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[Any, ...]]:
     """The box to read for basic indexing, and the index into what was read."""
-    parts = index if isinstance(index, tuple) else (index,)
+    parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     if sum(part is Ellipsis for part in parts) > 1:
         raise IndexError("only one ellipsis is allowed")
     if Ellipsis not in parts:
@@ -244,11 +251,13 @@ def _box_of_index(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[Any, .
     local: list[Any] = []
     for part, size in zip(full, shape, strict=True):
         if isinstance(part, slice):
-            places = range(size)[part]
+            places: range = range(size)[part]
             first, last = (min(places[0], places[-1]), max(places[0], places[-1]) + 1) if places else (0, 0)
             lo.append(first)
             hi.append(last)
-            local.append(slice(None) if abs(places.step) == 1 and places.step > 0 else slice(None, None, places.step))
+            local.append(
+                slice(None) if abs(places.step) == 1 and places.step > 0 else slice(None, None, places.step)
+            )
         elif hasattr(part, "__index__") and not isinstance(part, (bool, np.bool_)):
             place = range(size)[part]
             lo.append(place)

@@ -165,7 +165,9 @@ class _ReadPlanner:
             assert region is not None
             yield first + row, region
 
-    def _add_chunk(self, leaf: int, spec: LeafSpec, chunk: int, targets: tuple[tuple[Destination, Box], ...]) -> None:
+    def _add_chunk(
+        self, leaf: int, spec: LeafSpec, chunk: int, targets: tuple[tuple[Destination, Box], ...]
+    ) -> None:
         name, object_length = self._manifest.object_of(leaf, chunk)
         self._object_lengths[name] = object_length
         self._leaves_of_object.setdefault(name, []).append((leaf, chunk))
@@ -278,7 +280,9 @@ class ReadExecutor:
       meter: Is told of bytes read.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, *, threads: int, meter: ProgressMeter | None = None) -> None:
+    def __init__(
+        self, store: Store, manifest: Manifest, *, threads: int, meter: ProgressMeter | None = None
+    ) -> None:
         self._store = store
         self._manifest = manifest
         self._threads = threads
@@ -298,7 +302,9 @@ class ReadExecutor:
         for name, length in plan.object_lengths.items():
             try:
                 if not self._store.has_length(name, length):
-                    self._report_object(plan, name, "length", f"does not have the {length} bytes that it was written with")
+                    self._report_object(
+                        plan, name, "length", f"does not have the {length} bytes that it was written with"
+                    )
             except OSError as error:
                 self._report_object(plan, name, "missing", _describe_os_error(error))
 
@@ -419,7 +425,9 @@ class ReadExecutor:
             data = view[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
             if xxhash.xxh3_128_digest(data) != self._manifest.chunks.checksum(part.chunk, first + block):
                 place = unit.offset + part.at + block * BLOCK_BYTES
-                self._report_part(unit, part, "checksum", f"the checksum of the block at byte {place} differs")
+                self._report_part(
+                    unit, part, "checksum", f"the checksum of the block at byte {place} differs"
+                )
                 return False
         return True
 
@@ -480,7 +488,11 @@ def _adopting(manifest: Manifest, unit: Unit) -> set[Destination]:
             continue
         destination, region = part.targets[0]
         is_whole_chunk = part.first_block == 0 and part.length == int(manifest.chunks.length[part.chunk])
-        if is_whole_chunk and region == destination.box and destination.nbytes == manifest.spec(part.leaf).chunk_nbytes:
+        if (
+            is_whole_chunk
+            and region == destination.box
+            and destination.nbytes == manifest.spec(part.leaf).chunk_nbytes
+        ):
             adopting.add(destination)
     return adopting
 

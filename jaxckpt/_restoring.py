@@ -106,7 +106,9 @@ def match_tree(
     return WantedTree(flat.keys, matches, flat.unflatten, ignored)
 
 
-def _whole_tree(manifest: Manifest, renamed: list[str], selected: dict[str, int], *, is_nested: bool) -> WantedTree:
+def _whole_tree(
+    manifest: Manifest, renamed: list[str], selected: dict[str, int], *, is_nested: bool
+) -> WantedTree:
     """All selected leaves, in the saved structure, or in nested dicts when keys were renamed."""
     ignored = tuple(key for leaf, key in enumerate(manifest.keys) if renamed[leaf] not in selected)
 
@@ -182,9 +184,7 @@ def _choose_target(
     return Target(match.leaf, kind, chosen, shape, dtype, weak_type=spec.weak_type)
 
 
-def _wanted_form(
-    spec: LeafSpec, like: Any
-) -> tuple[str, tuple[int, ...], np.dtype[Any] | None, type | None]:
+def _wanted_form(spec: LeafSpec, like: Any) -> tuple[str, tuple[int, ...], np.dtype[Any] | None, type | None]:
     """Kind, shape of the data, dtype of the data, and Python type that a leaf shall have."""
     if like is None:
         return spec.kind, spec.shape, None if spec.kind == "value" else spec.np_dtype, None
@@ -217,32 +217,35 @@ def _sharding_rule(
     if sharding is None:
         return None
     if isinstance(sharding, Sharding):
-        return lambda number, key, struct: sharding
+        return lambda _number, _key, _struct: sharding
     if callable(sharding):
-        return lambda number, key, struct: sharding(key, struct)
-    skeleton = wanted.unflatten([_Place(number) for number in range(len(wanted.keys))])
+        function: Callable[[str, jax.ShapeDtypeStruct], Any] = sharding
+        return lambda _number, key, struct: function(key, struct)
+    skeleton = wanted.unflatten([_StandIn(number) for number in range(len(wanted.keys))])
     by_number: dict[int, Sharding] = {}
 
     def note(given: Any, below: Any) -> None:
-        for place in jax.tree_util.tree_leaves(below):
-            if isinstance(place, _Place):
-                by_number[place.number] = given
+        for stand_in in jax.tree_util.tree_leaves(below):
+            if isinstance(stand_in, _StandIn):
+                by_number[stand_in.number] = given
 
     try:
         jax.tree_util.tree_map(note, sharding, skeleton, is_leaf=lambda node: isinstance(node, Sharding))
     except ValueError as error:
         raise MismatchError(f"sharding= is not a prefix of the restored tree: {error}") from error
-    return lambda number, key, struct: by_number.get(number)
+    return lambda number, _key, _struct: by_number.get(number)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Place:
+class _StandIn:
     """Stands for a leaf while a prefix tree is laid over the wanted tree."""
 
     number: int
 
 
-def restore_targets(checkpoint: Checkpoint, targets: dict[int, Target], options: RestoreOptions) -> dict[int, Any]:
+def restore_targets(
+    checkpoint: Checkpoint, targets: dict[int, Target], options: RestoreOptions
+) -> dict[int, Any]:
     """Reads, verifies and places the targets, in waves that fit the host memory."""
     manifest = checkpoint.manifest
     host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
@@ -253,7 +256,8 @@ def restore_targets(checkpoint: Checkpoint, targets: dict[int, Target], options:
     boxes = {number: boxes_of(target, manifest.spec(target.leaf)) for number, target in targets.items()}
     waves = _waves(manifest, targets, host_bytes_max)
     plans = [
-        plan_reads(manifest, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes) for wave in waves
+        plan_reads(manifest, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes)
+        for wave in waves
     ]
     for plan in plans:
         executor.check_objects(plan)
@@ -271,7 +275,7 @@ def restore_targets(checkpoint: Checkpoint, targets: dict[int, Target], options:
             for destination in mine:
                 destination.buffer = None  # what placing did not take over may go
         _wait_for_transfers([results[number] for number in wave])
-    checkpoint._bytes_read += executor.bytes_read
+    checkpoint.count_read(executor.bytes_read)
     return results
 
 
@@ -307,6 +311,9 @@ def _wait_for_transfers(leaves: Sequence[Any]) -> None:
 
 def _metadata_of(manifest: Manifest, leaves: Sequence[int]) -> list[StoredObject]:
     """Metadata objects that belong to these leaves or to no leaf."""
-    own = {f"{manifest.data}/{directory}/{METADATA_NAME}": leaf for leaf, directory in manifest.directories.items()}
+    own = {
+        f"{manifest.data}/{directory}/{METADATA_NAME}": leaf
+        for leaf, directory in manifest.directories.items()
+    }
     asked = set(leaves)
     return [entry for entry in manifest.objects if entry.name not in own or own[entry.name] in asked]

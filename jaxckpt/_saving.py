@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, final
 
 import jax
-import jaxlib
 import msgpack
 import numpy as np
 
@@ -76,7 +75,14 @@ class SaveJob:
     """One save from flattening to commit; each step is called once, in the order of the methods."""
 
     def __init__(
-        self, path: str | os.PathLike[str], tree: Any, overwrite: bool, metadata: Any, options: SaveOptions, *, is_blocking: bool
+        self,
+        path: str | os.PathLike[str],
+        tree: Any,
+        overwrite: bool,
+        metadata: Any,
+        options: SaveOptions,
+        *,
+        is_blocking: bool,
     ) -> None:
         self._began_s = time.perf_counter()
         self._staged_s = 0.0
@@ -86,7 +92,9 @@ class SaveJob:
         leaves = inspect_leaves(self._flat.keys, self._flat.leaves)
         self._flat.leaves.clear()
         self._templates = [leaf.template for leaf in leaves]
-        self._values = {number: leaf.value for number, leaf in enumerate(leaves) if leaf.template.extent is None}
+        self._values = {
+            number: leaf.value for number, leaf in enumerate(leaves) if leaf.template.extent is None
+        }
 
         host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
         staging = choose_staging(leaves, options.staging)
@@ -101,7 +109,9 @@ class SaveJob:
         )
         self.store = open_store(path)
         self.meter = ProgressMeter(sum(piece.length for piece in self._plan.pieces), "snapshot")
-        self._directories = _directories_for(self._flat.keys, self._templates, self._plan, options.pack_bytes_max)
+        self._directories = _directories_for(
+            self._flat.keys, self._templates, self._plan, options.pack_bytes_max
+        )
         try:
             self._attempt = begin(self.store, may_overwrite=overwrite)
         except OSError as error:
@@ -170,13 +180,21 @@ class SaveJob:
         info = CheckpointInfo(
             path=self.store.path,
             nbytes=self._plan.nbytes,
-            bytes_written=int(self._plan.length.sum()) + sum(entry.length for entry in objects) + manifest_bytes,
+            bytes_written=int(self._plan.length.sum())
+            + sum(entry.length for entry in objects)
+            + manifest_bytes,
             leaves=len(self._flat.keys),
             objects=len(self._plan.objects),
             blocked_s=seconds if self._is_blocking else self._staged_s,
             seconds=seconds,
         )
-        _log.info("saved %s: %d leaves, %d bytes in %.3f s", info.path, info.leaves, info.bytes_written, info.seconds)
+        _log.info(
+            "saved %s: %d leaves, %d bytes in %.3f s",
+            info.path,
+            info.leaves,
+            info.bytes_written,
+            info.seconds,
+        )
         return info
 
     def _drain_quietly(self) -> None:
@@ -216,7 +234,9 @@ class SaveJob:
         """The ``zarr.json`` objects below the data directory, which make the checkpoint a Zarr group."""
         contents: dict[str, bytes] = {METADATA_NAME: group_metadata()}
         for leaf, directory in self._directories.items():
-            contents[f"{directory}/{METADATA_NAME}"] = array_metadata(self._flat.keys[leaf], self._spec(leaf, None))
+            contents[f"{directory}/{METADATA_NAME}"] = array_metadata(
+                self._flat.keys[leaf], self._spec(leaf, None)
+            )
             parts = directory.split("/")
             for depth in range(1, len(parts)):
                 contents["/".join([*parts[:depth], METADATA_NAME])] = group_metadata()
@@ -241,7 +261,10 @@ class SaveJob:
                 if number == len(descriptors):
                     descriptors.append(descriptor)
             # Shardings and device templates are remembered objects; host arrays are compared by what they are.
-            identity = (id(template) if template.sharding is not None else repr(template.spec), chunk_shapes[leaf])
+            identity = (
+                id(template) if template.sharding is not None else repr(template.spec),
+                chunk_shapes[leaf],
+            )
             if identity not in specs:
                 specs[identity] = len(spec_list)
                 spec_list.append(self._spec(leaf, number))
@@ -259,7 +282,9 @@ class SaveJob:
             shardings=tuple(descriptors),
             directories=self._directories,
             packs=self._plan.packs,
-            chunks=ChunkTable(self._plan.pack, self._plan.offset, self._plan.length, bytes(self._writer.checksums)),
+            chunks=ChunkTable(
+                self._plan.pack, self._plan.offset, self._plan.length, bytes(self._writer.checksums)
+            ),
             objects=objects,
         )
 
@@ -360,7 +385,9 @@ def _copy_metadata(metadata: Any) -> Any:
         reason = "it would come back different (tuples become lists; dict keys must be str)"
     except (TypeError, ValueError, OverflowError) as error:
         reason = str(error)
-    raise TypeError(f"metadata= must be plain data: None, bool, int, float, str, bytes, lists and dicts; {reason}")
+    raise TypeError(
+        f"metadata= must be plain data: None, bool, int, float, str, bytes, lists and dicts; {reason}"
+    )
 
 
 @functools.cache
@@ -370,7 +397,12 @@ def library_versions() -> dict[str, str]:
         own = importlib.metadata.version("jaxckpt")
     except importlib.metadata.PackageNotFoundError:
         own = "unknown"
-    return {"jaxckpt": own, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+    return {
+        "jaxckpt": own,
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "numpy": np.__version__,
+    }
 
 
 def _write_error(store: Store, error: OSError) -> WriteError:

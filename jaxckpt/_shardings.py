@@ -22,6 +22,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 _log = logging.getLogger("jaxckpt")
 
+# jax.Device is no class to type checkers.
+Device = Any
+
 # A half-open box [lo, hi) of an array.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -73,7 +76,9 @@ def rebuild_sharding(descriptor: dict[str, Any], shape: tuple[int, ...]) -> Shar
     devices = jax.devices()
     if descriptor["type"] != "named":
         same = [device for device in devices if device.id == descriptor.get("device_id")]
-        return _with_memory_kind(SingleDeviceSharding((same or [default_device()])[0]), descriptor["memory_kind"])
+        return _with_memory_kind(
+            SingleDeviceSharding((same or [default_device()])[0]), descriptor["memory_kind"]
+        )
     if len(devices) == 1:
         return _with_memory_kind(SingleDeviceSharding(devices[0]), descriptor["memory_kind"])
     mesh = _rebuild_mesh(
@@ -105,18 +110,18 @@ def fit_to_mesh(descriptor: dict[str, Any] | None, mesh: Mesh, shape: tuple[int,
     return _with_memory_kind(sharding, descriptor["memory_kind"])
 
 
-def default_device() -> jax.Device:
+def default_device() -> Device:
     """The device that new arrays go to."""
-    chosen = jax.config.jax_default_device
+    chosen: Any = jax.config.values.get("jax_default_device")
     if chosen is None:
         return jax.local_devices()[0]
     return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
 
 
 @functools.lru_cache(maxsize=4096)
-def shard_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Device]]:
+def shard_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[Device]]:
     """Distinct boxes of the array that this process's devices hold, each with those devices."""
-    boxes: dict[Box, list[jax.Device]] = {}
+    boxes: dict[Box, list[Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         boxes.setdefault(box_of(index, shape), []).append(device)
     return boxes
@@ -160,7 +165,7 @@ def _rebuild_mesh(
     axes: tuple[tuple[str, int], ...],
     axis_types: tuple[str, ...],
     device_ids: tuple[int, ...],
-    devices: tuple[jax.Device, ...],
+    devices: tuple[Device, ...],
 ) -> Mesh:
     names = tuple(name for name, _ in axes)
     sizes = shrink_axes([size for _, size in axes], len(devices))

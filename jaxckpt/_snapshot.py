@@ -45,6 +45,7 @@ from ._config import PIECE_BYTES
 from ._dtypes import is_sub_byte
 from ._layout import Piece, Segment, WritePlan, flat_boxes
 from ._leaves import Leaf
+from ._shardings import Device
 from ._store import Buffer, allocate_aligned
 
 # Called with a piece, its bytes, and a function that gives the bytes' memory back.
@@ -174,7 +175,11 @@ class DirectSnapshot(Snapshot):
         reader = _HostReader(self._leaves)
         for piece in self._plan.pieces:
             segment = piece.segments[0]
-            if len(piece.segments) == 1 and segment.stored == segment.hi - segment.lo and reader.is_view(segment):
+            if (
+                len(piece.segments) == 1
+                and segment.stored == segment.hi - segment.lo
+                and reader.is_view(segment)
+            ):
                 submit(piece, reader.read(segment), _nothing)
             else:
                 self._copy_piece(piece, reader.copy_to, submit)
@@ -239,7 +244,9 @@ def _byte_range(array: np.ndarray[Any, Any], lo: int, hi: int) -> Buffer:
     itemsize = array.dtype.itemsize
     first, last = lo // itemsize, -(-hi // itemsize)
     parts = [
-        np.ascontiguousarray(array[tuple(slice(a, b) for a, b in zip(box_lo, box_hi, strict=True))]).reshape(-1)
+        np.ascontiguousarray(array[tuple(slice(a, b) for a, b in zip(box_lo, box_hi, strict=True))]).reshape(
+            -1
+        )
         for box_lo, box_hi in flat_boxes(first, last, array.shape)
     ]
     gathered = np.concatenate(parts).view(np.uint8)
@@ -408,7 +415,7 @@ def _copies_on_host(arrays: list[Any]) -> list[Any]:
 
 
 @functools.cache
-def _pinned_sharding(device: jax.Device) -> SingleDeviceSharding | None:
+def _pinned_sharding(device: Device) -> SingleDeviceSharding | None:
     if not any(memory.kind == "pinned_host" for memory in device.addressable_memories()):
         return None
     return SingleDeviceSharding(device, memory_kind="pinned_host")

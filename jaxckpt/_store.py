@@ -24,7 +24,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, final
 
 import numpy as np
@@ -240,9 +240,8 @@ class _LocalWriter(ObjectWriter):
         self._descriptor = os.open(path, flags, 0o666)
 
     def write(self, offset: int, data: Buffer) -> None:
-        if not self._is_direct:
-            _write_all(self._descriptor, offset, data)
-        elif data.ctypes.data % _DIRECT_ALIGNMENT == 0 and len(data) % _DIRECT_ALIGNMENT == 0:
+        is_aligned = data.ctypes.data % _DIRECT_ALIGNMENT == 0 and len(data) % _DIRECT_ALIGNMENT == 0
+        if is_aligned or not self._is_direct:
             _write_all(self._descriptor, offset, data)
         else:
             bounce = _thread_bounce_buffer()
@@ -316,7 +315,9 @@ def _is_in_memory(path: str) -> bool:
         path = os.path.dirname(path)
     device = os.stat(path).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    return any(line.split()[2] == number and line.split(" - ")[1].split()[0] in ("tmpfs", "ramfs") for line in lines)
+    return any(
+        line.split()[2] == number and line.split(" - ")[1].split()[0] in ("tmpfs", "ramfs") for line in lines
+    )
 
 
 # --- everything that TensorStore reaches ----------------------------------------------------------------------
@@ -340,7 +341,9 @@ class KeyValueStore(Store):
         self.path = url.rstrip("/")
         # A context of its own for each store: a shared one pins what was written through it.
         context = (
-            _memory_context() if url.startswith("memory://") else ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+            _memory_context()
+            if url.startswith("memory://")
+            else ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         )
         self._store = ts.KvStore.open(self.path + "/", context=context).result()
 
@@ -401,7 +404,7 @@ class KeyValueStore(Store):
         return bytes(result.value)
 
     @contextlib.contextmanager
-    def _plain_errors(self, name: str) -> Iterator[None]:
+    def _plain_errors(self, name: str) -> Generator[None]:
         """TensorStore reports everything as ValueError; callers know OSError."""
         try:
             yield
