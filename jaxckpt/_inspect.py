@@ -181,11 +181,13 @@ class Description:
         """The leaves, one a line."""
         rows = [("key", "dtype", "shape", "bytes", "sharding")]
         for leaf in self.leaves:
-            shape = repr(leaf.value) if leaf.kind == "value" else "(" + ", ".join(map(str, leaf.shape)) + ")"
+            is_value = leaf.kind == "value"
+            shape = format_value(leaf.value) if is_value else "(" + ", ".join(map(str, leaf.shape)) + ")"
             if len(shape) > 40:
                 shape = shape[:37] + "..."
-            size = "" if leaf.kind == "value" else format_bytes(leaf.nbytes)
-            rows.append((leaf.key or "(root)", leaf.dtype, shape, size, leaf.sharding))
+            size = "" if is_value else format_bytes(leaf.nbytes)
+            row = (leaf.key or "(root)", leaf.dtype, shape, size, leaf.sharding)
+            rows.append(tuple(printable(cell) for cell in row))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = []
         for row in rows:
@@ -229,11 +231,10 @@ def describe(path: Path | Checkpoint) -> Description:
 
 def _describe_leaf(leaf: StoredLeaf) -> LeafDescription:
     spec = leaf.spec
-    dtype = f"key<{spec.impl}>" if leaf.kind == "key" else str(leaf.dtype)
     return LeafDescription(
         key=leaf.key,
         kind=leaf.kind,
-        dtype=dtype,
+        dtype=_dtype_text(leaf),
         shape=leaf.shape,
         nbytes=leaf.nbytes,
         sharding=format_sharding(leaf.sharding),
@@ -242,6 +243,25 @@ def _describe_leaf(leaf: StoredLeaf) -> LeafDescription:
         weak_type=leaf.weak_type,
         value=leaf[...] if leaf.kind == "value" else None,
     )
+
+
+def _dtype_text(leaf: StoredLeaf) -> str:
+    return f"key<{leaf.spec.impl}>" if leaf.kind == "key" else str(leaf.dtype)
+
+
+def format_value(value: Any) -> str:
+    """A scalar as Python would write it; integers of thousands of digits, which Python refuses, in hexadecimal."""
+    try:
+        return repr(value)
+    except ValueError:
+        return hex(value)
+
+
+def printable(text: str) -> str:
+    """Text in one line, with whatever could disturb a terminal written as an escape sequence of Python's."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def format_bytes(nbytes: int) -> str:
@@ -295,7 +315,7 @@ def diff(a: Path | Checkpoint, b: Path | Checkpoint, *, on_progress: OnProgress 
     Args:
       a: Directory or URL, or an open `Checkpoint`.
       b: The same, for the other one.
-      on_progress: Called with a `Progress` after each leaf.
+      on_progress: Called with a `Progress` after each leaf, and each part of a large one.
 
     Returns:
       A `DiffReport`. Values are equal when their bytes are: NaN equals the same NaN, 0.0 differs from -0.0.
@@ -317,10 +337,9 @@ def diff(a: Path | Checkpoint, b: Path | Checkpoint, *, on_progress: OnProgress 
     meter = ProgressMeter(sum(first[key].nbytes for key in shared), "read", on_progress)
     changed = []
     for key in shared:
-        difference = _leaf_difference(first[key], second[key])
+        difference = _leaf_difference(first[key], second[key], meter)
         if difference is not None:
             changed.append(difference)
-        meter.add(first[key].nbytes)
     return DiffReport(
         a=first.path,
         b=second.path,
@@ -331,20 +350,26 @@ def diff(a: Path | Checkpoint, b: Path | Checkpoint, *, on_progress: OnProgress 
     )
 
 
-def _leaf_difference(a: StoredLeaf, b: StoredLeaf) -> Problem | None:
+def _leaf_difference(a: StoredLeaf, b: StoredLeaf, meter: ProgressMeter) -> Problem | None:
     if a.kind != b.kind:
         return Problem(a.key, "kind", f"{a.kind} in the first, {b.kind} in the second")
     if a.kind == "value":
         if a.value_record == b.value_record:
             return None
-        return Problem(a.key, "value", f"{a[...]!r} in the first, {b[...]!r} in the second")
+        return Problem(
+            a.key, "value", f"{format_value(a[...])} in the first, {format_value(b[...])} in the second"
+        )
     if a.spec.dtype != b.spec.dtype or a.spec.impl != b.spec.impl:
-        return Problem(a.key, "dtype", f"{a.dtype} in the first, {b.dtype} in the second")
+        return Problem(a.key, "dtype", f"{_dtype_text(a)} in the first, {_dtype_text(b)} in the second")
     if a.spec.shape != b.spec.shape:
-        return Problem(a.key, "shape", f"{a.shape} in the first, {b.shape} in the second")
-    if a.fingerprint() is not None and a.fingerprint() == b.fingerprint():
+        return Problem(a.key, "shape", f"{a.spec.shape} in the first, {b.spec.shape} in the second")
+    if a.fingerprint() == b.fingerprint():
+        meter.add(a.nbytes)
         return None
-    differing = sum(_count_differences(a, b, box) for box in _parts_of(a))
+    differing = 0
+    for box in _parts_of(a):
+        differing += _count_differences(a, b, box)
+        meter.add(math.prod(hi - lo for lo, hi in zip(*box, strict=True)) * a.spec.np_dtype.itemsize)
     if not differing:
         return None
     return Problem(a.key, "value", f"{differing} of {math.prod(a.spec.shape)} elements differ")

@@ -135,7 +135,7 @@ class StoredLeaf:
     """A leaf of an open checkpoint: what it is, and its values as NumPy arrays when indexed.
 
     ``leaf[...]`` reads all of it, ``leaf[10:20]`` and other basic indexing (integers, slices, ``...``) no more than
-    the checksum blocks that hold what is asked for. Everything read is verified.
+    the checksum blocks that hold what is asked for. Everything read is verified. Strings are indexed as in Python.
     """
 
     # Tells `restore` that this leaf of `like` asks for the leaf as it was saved.
@@ -193,15 +193,22 @@ class StoredLeaf:
         return f"StoredLeaf({self.key!r}, {self.kind}, {self.dtype}, {self.shape})"
 
     def __getitem__(self, index: Any) -> Any:
+        if self._spec.kind in ("array", "key", "numpy"):
+            box, local = _box_of_index(index, self._spec.shape)
+            return self.read_box(box)[local]
+        value = self._read_value()
+        if index is Ellipsis or (isinstance(index, tuple) and not index):
+            return value
+        if not isinstance(value, (str, bytes)):
+            raise IndexError(f"{self.key!r} is a scalar; only [...] and [()] index it")
+        return value[index]
+
+    def _read_value(self) -> Any:
+        """The Python or NumPy scalar, or the long string."""
         if self._spec.kind == "value":
             return decode_value(self.value_record)
-        box, local = _box_of_index(index, self._spec.shape)
-        array = self.read_box(box)
-        if self._spec.kind == "bytes":
-            return array.tobytes()
-        if self._spec.kind == "str":
-            return array.tobytes().decode("utf-8", "surrogatepass")
-        return array[local]
+        data = self.read_box(((0,), self._spec.shape)).tobytes()
+        return data if self._spec.kind == "bytes" else data.decode("utf-8", "surrogatepass")
 
     def read_box(self, box: Box) -> np.ndarray[Any, Any]:
         """A box of the array (of the key data, for PRNG keys), verified."""

@@ -29,10 +29,10 @@ from typing import Any, final
 import numpy as np
 import xxhash
 
-from ._config import BLOCK_BYTES, PIECE_BYTES
+from ._config import BLOCK_BYTES
 from ._errors import CorruptError, Problem, list_problems
 from ._layout import blocks_of_box, flat_boxes, intersect
-from ._manifest import OWN_OBJECT, LeafSpec, Manifest, StoredObject
+from ._manifest import OWN_OBJECT, PIECE_ALIGNMENT, LeafSpec, Manifest, StoredObject
 from ._progress import ProgressMeter
 from ._shardings import Box
 from ._store import Buffer, Store, allocate_aligned
@@ -375,9 +375,9 @@ class ReadExecutor:
             assert destination.buffer is not None
             buffer = destination.buffer[start : start + unit.length]
         elif adopting:
-            buffer = allocate_aligned(unit.length)
+            buffer = allocate_aligned(unit.length, unit.offset)
         else:
-            buffer = self._scratch_buffer(unit.length)
+            buffer = self._scratch_buffer(unit)
         if not self._fill(unit, buffer):
             return
         for part in unit.parts:
@@ -390,18 +390,19 @@ class ReadExecutor:
                 self._scatter(part, buffer)
 
     def _verify_unit(self, unit: Unit) -> None:
-        buffer = self._scratch_buffer(unit.length)
+        buffer = self._scratch_buffer(unit)
         if self._fill(unit, buffer):
             for part in unit.parts:
                 self._verify_part(unit, part, buffer)
 
-    def _scratch_buffer(self, nbytes: int) -> Buffer:
-        """Memory of the calling thread, reused from unit to unit."""
+    def _scratch_buffer(self, unit: Unit) -> Buffer:
+        """Memory of the calling thread, reused from unit to unit; as far behind a page as the unit in its object."""
+        lead = unit.offset % PIECE_ALIGNMENT
         held: Buffer | None = getattr(self._scratch, "buffer", None)
-        if held is None or len(held) < nbytes:
-            held = allocate_aligned(max(nbytes, min(PIECE_BYTES, BLOCK_BYTES)))
+        if held is None or len(held) < lead + unit.length:
+            held = allocate_aligned(max(lead + unit.length, BLOCK_BYTES))
             self._scratch.buffer = held
-        return held[:nbytes]
+        return held[lead : lead + unit.length]
 
     def _fill(self, unit: Unit, buffer: Buffer) -> bool:
         """Reads a unit; reports it and returns False when storage does not give it whole."""

@@ -383,7 +383,7 @@ def _copy_metadata(metadata: Any) -> Any:
         if copy == metadata:
             return copy
         reason = "it would come back different (tuples become lists; dict keys must be str)"
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = str(error)
     raise TypeError(
         f"metadata= must be plain data: None, bool, int, float, str, bytes, lists and dicts; {reason}"
