@@ -96,9 +96,9 @@ LEGEND = (
 )
 
 RATIO_LEGEND = (
-    "Ratios: how many times as fast as the other (seconds), or what part of the other's memory (memory); "
-    "median [min-max] of the ratios within each repetition. Raw is the raw contender with the best median for "
-    "that figure, and the best Orbax likewise."
+    "Ratios: how many times as fast as the other, or how many times the other's memory; median [min-max] of "
+    "the ratios within each repetition, then the two medians. Raw is the raw contender with the best median "
+    "for that figure, and the best Orbax likewise."
 )
 
 
@@ -189,13 +189,17 @@ class Ratio(NamedTuple):
     """jaxckpt against one other contender.
 
     Attributes:
-        metric: the metric's label.
+        metric: what is compared.
+        own: median of jaxckpt.
+        others: median of the other.
         family: of the other.
         other: its name.
         median, low, high: other / jaxckpt for seconds, jaxckpt / other for memory.
     """
 
-    metric: str
+    metric: Metric
+    own: float
+    others: float
     family: str
     other: str
     median: float
@@ -219,8 +223,18 @@ def ratios(group: Group) -> list[Ratio]:
             other = _values(group.trials, name, metric)
             quotients = _quotients(own, other, metric)
             if quotients:
-                middle = statistics.median(quotients)
-                found.append(Ratio(metric.label, family, name, middle, min(quotients), max(quotients)))
+                found.append(
+                    Ratio(
+                        metric,
+                        own=statistics.median(own.values()),
+                        others=statistics.median(other.values()),
+                        family=family,
+                        other=name,
+                        median=statistics.median(quotients),
+                        low=min(quotients),
+                        high=max(quotients),
+                    )
+                )
     return found
 
 
@@ -238,9 +252,11 @@ def _quotients(own: dict[int, float], other: dict[int, float], metric: Metric) -
 
 
 def _ratio_text(ratio: Ratio) -> str:
-    meaning = "of the memory of" if "memory" in ratio.metric else "x the speed of"
-    other = f"{ratio.family} ({ratio.other})" if ratio.family == "raw" else f"the best Orbax ({ratio.other})"
-    return f"{ratio.metric}: {ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}] {meaning} {other}"
+    other = f"raw ({ratio.other})" if ratio.family == "raw" else f"the best Orbax ({ratio.other})"
+    spread = f"{ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}]"
+    if ratio.metric.unit == "s":
+        return f"{ratio.metric.label}: {spread} x as fast as {other}: {ratio.own:.3f} s, {ratio.others:.3f} s"
+    return f"{ratio.metric.label}: {spread} x that of {other}: {ratio.own:.2f}x, {ratio.others:.2f}x"
 
 
 def _notes(results: dict[str, Any], group: Group) -> list[str]:

@@ -1,32 +1,72 @@
-"""jaxckpt checkpoints JAX pytrees."""
+"""jaxckpt checkpoints JAX pytrees.
+
+`save` and `save_async` write a tree to a new checkpoint, `restore` brings it back on whatever devices are there,
+`open` reads leaves or parts of them as NumPy arrays, `verify`, `describe` and `diff` look into what is stored.
+FORMAT.md, beside this file, specifies what is on disk.
+
+The modules, in the order in which to read them. Each imports only from those that stand below it; ``tests`` enforce it.
+
+    _cli          the command ``jaxckpt``
+    _checkpoint   the story: save, save_async, restore, open. Start here
+    _inspect      describe, verify, diff
+    _saving       one save from the tree to the commit; PendingSave
+    _restoring    one restore from the manifest to the tree
+    _reading      Checkpoint and StoredLeaf: an open checkpoint as NumPy arrays
+    _placement    verified bytes on the host become leaves
+    _snapshot     device -> host, within a bound on host memory
+    _persist      threads that checksum and write
+    _commit       when a checkpoint exists, and why no crash leaves half of one
+    _matching     which saved leaf goes where: select, rename, like
+    _resharding   which bytes must be read for which boxes; reading and verifying them
+    _leaves       kinds of leaves; what is refused
+    _layout       shape, dtype and sharding -> chunks, packs and pieces; pure
+    _zarr         the zarr.json objects; pure
+    _manifest     the records of the manifest, their encoding, parsing and validation; pure
+    _shardings    describing and rebuilding shardings
+    _keys         pytree <-> {key: leaf} and the record of its structure
+    _store        objects on local files and on object stores; the only module that imports tensorstore
+    _dtypes       names of dtypes, and their bytes on disk
+    _config       every tunable, with the source of its default
+    _progress     what observers are told
+    _errors       the exception tree
+"""
 
 from __future__ import annotations
 
-from ._checkpoint import open as open
-from ._checkpoint import restore as restore
-from ._checkpoint import save as save
-from ._checkpoint import save_async as save_async
-from ._config import RestoreOptions as RestoreOptions
-from ._config import SaveOptions as SaveOptions
-from ._errors import CheckpointError as CheckpointError
-from ._errors import CorruptError as CorruptError
-from ._errors import ExistsError as ExistsError
-from ._errors import FormatError as FormatError
-from ._errors import MismatchError as MismatchError
-from ._errors import NotFoundError as NotFoundError
-from ._errors import Problem as Problem
-from ._errors import UnsupportedLeafError as UnsupportedLeafError
-from ._errors import WriteError as WriteError
+from ._checkpoint import open as open, restore as restore, save as save, save_async as save_async
+from ._config import RestoreOptions as RestoreOptions, SaveOptions as SaveOptions
+from ._errors import (
+    CheckpointError as CheckpointError,
+    CorruptError as CorruptError,
+    ExistsError as ExistsError,
+    FormatError as FormatError,
+    MismatchError as MismatchError,
+    NotFoundError as NotFoundError,
+    Problem as Problem,
+    UnsupportedLeafError as UnsupportedLeafError,
+    WriteError as WriteError,
+)
+from ._inspect import (
+    Description as Description,
+    DiffReport as DiffReport,
+    LeafDescription as LeafDescription,
+    VerifyReport as VerifyReport,
+    describe as describe,
+    diff as diff,
+    verify as verify,
+)
 from ._progress import Progress as Progress
-from ._reading import Checkpoint as Checkpoint
-from ._reading import StoredLeaf as StoredLeaf
+from ._reading import Checkpoint as Checkpoint, StoredLeaf as StoredLeaf
 from ._restoring import RestoreReport as RestoreReport
-from ._saving import CheckpointInfo as CheckpointInfo
-from ._saving import PendingSave as PendingSave
-from ._inspect import Description as Description
-from ._inspect import DiffReport as DiffReport
-from ._inspect import LeafDescription as LeafDescription
-from ._inspect import VerifyReport as VerifyReport
-from ._inspect import describe as describe
-from ._inspect import diff as diff
-from ._inspect import verify as verify
+from ._saving import CheckpointInfo as CheckpointInfo, PendingSave as PendingSave
+
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    """The version is looked up when it is asked for, so that the import stays quick."""
+    if name == "__version__":
+        from ._saving import library_versions
+
+        return library_versions()["jaxckpt"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

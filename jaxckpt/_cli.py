@@ -8,6 +8,7 @@ stderr. No device is touched: a checkpoint of any size can be looked into on a m
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -19,8 +20,16 @@ from typing import Any, TextIO, final
 
 import numpy as np
 
-from ._errors import CheckpointError, CorruptError, FormatError, NotFoundError, Problem
-from ._inspect import LeafDescription, describe, diff, format_bytes, format_value, printable, verify
+from ._errors import CheckpointError, CorruptError, NotFoundError, Problem, printable, printable_key
+from ._inspect import (
+    LeafDescription,
+    describe,
+    diff,
+    format_bytes,
+    format_date,
+    format_value,
+    verify,
+)
 from ._manifest import MANIFEST_NAME
 from ._progress import Progress
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
@@ -35,7 +44,7 @@ BROKEN_PIPE = 141  # and of one that SIGPIPE ended
 _EPILOG = """\
 exit codes:
   0    done; verify: whole; diff: the same
-  1    damaged or different: verify and cat found damage, ls a manifest that cannot be read, diff a difference
+  1    damaged or different: verify, cat or diff found damage, ls a manifest that cannot be read, diff a difference
   2    wrong usage
   3    no committed checkpoint, no such leaf, or a checkpoint that cannot be read
   130  interrupted
@@ -58,6 +67,7 @@ Every digit that tells a number from its neighbours is printed. On a terminal mo
 
 _NUMBER_AT_END = re.compile(r"([0-9]+)$")
 _ELEMENTS_SHOWN_MAX = 1000
+_INT_BITS_MAX = 4096  # Python writes and parses no decimals of more than 4300 digits
 
 
 class _UsageError(Exception):
@@ -119,7 +129,9 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, run: _Command, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: _Command, summary: str, description: str | None = None
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=summary,
@@ -158,7 +170,7 @@ class _Output:
         self._stream = stream
         self._is_json = is_json
         # Keys may hold what the terminal's encoding lacks; a result with escape sequences beats none.
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
     def say(self, text: str, document: Any) -> None:
@@ -180,8 +192,12 @@ def _ls(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int
     del bar
     directory = arguments.directory.removeprefix("file://")
     if "://" in directory:
-        raise _UsageError(f"ls takes directories, not {directory!r}; info, tree, cat, verify and diff take URLs")
-    found = sorted(_checkpoints_in(directory), key=lambda entry: (_step_of(entry["name"]) or 0, entry["name"]))
+        raise _UsageError(
+            f"ls takes directories, not {directory!r}; info, tree, cat, verify and diff take URLs"
+        )
+    found = sorted(
+        _checkpoints_in(directory), key=lambda entry: (_step_of(entry["name"]) or 0, entry["name"])
+    )
     rows = [("NAME", "STEP", "BYTES", "DATE", "STATE")]
     for entry in found:
         size = "-" if entry["bytes"] is None else format_bytes(entry["bytes"])
@@ -193,10 +209,10 @@ def _ls(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int
         for row in rows
     ]
     output.say("\n".join(lines) if found else f"no checkpoints in {printable(directory)}", found)
-    for entry in found:
-        if entry["state"] == "damaged":
-            print(f"jaxckpt: {printable(entry['name'])}: {printable(entry['problem'])}", file=sys.stderr)
-    return DIFFERS if any(entry["state"] == "damaged" for entry in found) else OK
+    unreadable = [entry for entry in found if entry["state"] == "unreadable"]
+    for entry in unreadable:
+        print(f"jaxckpt: {printable(entry['name'])}: {printable(entry['problem'])}", file=sys.stderr)
+    return DIFFERS if unreadable else OK
 
 
 def _checkpoints_in(directory: str) -> Iterator[dict[str, Any]]:
@@ -227,13 +243,14 @@ def _state_of(path: str) -> str | None:
 def _entry(name: str, path: str) -> dict[str, Any]:
     entry = {"name": name, "step": _step_of(name), "bytes": None, "date": None, "state": "uncommitted"}
     try:
-        found = describe(path)
+        checkpoint = open_checkpoint(path)
     except NotFoundError:
         return entry
-    except FormatError as error:
+    except CheckpointError as error:
         problem = str(error.problems[0]) if error.problems else str(error)
-        return entry | {"state": "damaged", "problem": problem}
-    return entry | {"bytes": found.nbytes, "date": found.created, "state": "committed"}
+        return entry | {"state": "unreadable", "problem": problem}
+    date = format_date(checkpoint.created_s)
+    return entry | {"bytes": checkpoint.nbytes, "date": date, "state": "committed"}
 
 
 def _step_of(name: str) -> int | None:
@@ -313,8 +330,9 @@ def _text_of(value: Any, *, is_short: bool) -> str:
 
 def _find_leaf(checkpoint: Checkpoint, text: str) -> tuple[StoredLeaf, Any]:
     """The leaf and the index that ``KEY[slice]`` names."""
-    by_text = {printable(key): key for key in reversed(checkpoint.keys())}
-    by_text |= {key: key for key in checkpoint.keys()}
+    keys = checkpoint.keys()
+    by_text = {printable_key(key): key for key in reversed(keys)}
+    by_text |= {key: key for key in keys}
     if text in by_text:
         return checkpoint[by_text[text]], ...
     if text.endswith("]"):
@@ -346,7 +364,9 @@ def _parse_index(text: str) -> tuple[Any, ...]:
                 if index[-1].step == 0:
                     raise ValueError("a step of zero")
         except (ValueError, TypeError) as error:
-            raise _UsageError(f"[{text}] is no index: use integers, slices and ..., as in [10:20, ::2]") from error
+            raise _UsageError(
+                f"[{text}] is no index: use integers, slices and ..., as in [10:20, ::2]"
+            ) from error
     return tuple(index) if len(index) > 1 else index[0]
 
 
@@ -393,6 +413,8 @@ def _problem_document(problem: Problem) -> dict[str, Any]:
 
 def to_json(value: Any) -> Any:
     """Any value that a checkpoint holds as what JSON has, numbers without loss."""
+    if isinstance(value, int) and abs(value).bit_length() > _INT_BITS_MAX:
+        return hex(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float) and not isinstance(value, np.generic):
@@ -411,38 +433,30 @@ def to_json(value: Any) -> Any:
 
 
 def _array_to_json(array: np.ndarray[Any, Any]) -> Any:
-    if array.dtype.fields is not None:
-        names = array.dtype.names or ()
-        if array.ndim == 0:
-            return {name: _array_to_json(np.asarray(array[name])) for name in names}
-    elif array.dtype.kind in "biuU" and array.dtype.isbuiltin:
-        return array.tolist()
-    elif array.ndim == 0:
-        return _element_to_json(array)
-    return [_array_to_json(np.asarray(part)) for part in array]
-
-
-def _element_to_json(array: np.ndarray[Any, Any]) -> Any:
     kind = array.dtype.kind
-    if kind in "Mm":
-        return str(array[()])
-    if kind == "S" or (kind == "V" and not _is_number(array)):
-        return array.tobytes().hex()
-    if array.dtype in (np.dtype(np.longdouble), np.dtype(np.clongdouble)) and array.dtype.itemsize > 16 // 2 * (
-        2 if kind == "c" else 1
-    ):
-        return str(array[()])  # JSON's readers take numbers for 64-bit floats
-    return to_json(complex(array[()]) if kind == "c" else _number_of(array))
+    if array.dtype.type is np.longdouble or kind in "cMmSV":
+        pass  # element by element, below
+    elif kind != "f" or np.isfinite(array).all():
+        return array.tolist()
+    if array.ndim == 0:
+        return _element_to_json(array)
+    # With the ellipsis a part stays an array: a scalar would lose the padding of its bytes.
+    return [_array_to_json(array[place, ...]) for place in range(len(array))]
 
 
-def _is_number(array: np.ndarray[Any, Any]) -> bool:
-    """Whether an element of a kind that NumPy does not know (bfloat16, int4, ...) is a number."""
-    return array.dtype.type is not np.void
-
-
-def _number_of(array: np.ndarray[Any, Any]) -> Any:
-    number = array[()]
-    return int(number) if "int" in array.dtype.name else float(number)
+def _element_to_json(element: np.ndarray[Any, Any]) -> Any:
+    """An array of rank 0 as JSON."""
+    dtype, kind = element.dtype, element.dtype.kind
+    if dtype.names is not None:
+        return {name: _array_to_json(np.asarray(element[name])) for name in dtype.names}
+    if kind in "Mm" or dtype.type in (np.longdouble, np.clongdouble):
+        return str(element[()])  # JSON's readers take numbers for 64-bit floats
+    if kind == "S" or dtype.type is np.void:
+        return element.tobytes().hex()
+    if kind == "c":
+        return to_json(complex(element[()]))
+    # NumPy knows not more of the extension types (bfloat16, int4, ...) than that their kind is "V" or "f".
+    return int(element[()]) if "int" in dtype.name else to_json(float(element[()]))
 
 
 def _name_of_float(value: float) -> str:

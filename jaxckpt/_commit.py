@@ -33,7 +33,7 @@ from typing import final
 import xxhash
 
 from ._errors import CheckpointError, ExistsError
-from ._manifest import MANIFEST_NAME, Manifest, StoredObject, encode_manifest, parse_manifest
+from ._manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, StoredObject, encode_manifest, parse_manifest
 from ._store import LocalStore, Store
 from ._zarr import METADATA_NAME, group_metadata
 
@@ -48,6 +48,7 @@ class Attempt:
         self._old_data = old_data
         self._may_overwrite = may_overwrite
         self._objects: list[StoredObject] = []
+        self._is_publishing = False
 
     def put_metadata(self, name: str, data: bytes) -> None:
         """Writes a metadata object below the data directory and remembers its checksum."""
@@ -57,7 +58,7 @@ class Attempt:
         """Writes the root's group metadata, which is the same for every attempt, unless it is there."""
         data = group_metadata()
         self._remember(METADATA_NAME, data)
-        if not self.store.exists(METADATA_NAME) or self.store.read(METADATA_NAME) != data:
+        if not self.store.exists(METADATA_NAME) or self.store.read(METADATA_NAME, len(data)) != data:
             self.store.publish(METADATA_NAME, data)
 
     @property
@@ -75,13 +76,32 @@ class Attempt:
         self.store.sync()
         if not self._may_overwrite and self.store.exists(MANIFEST_NAME):
             raise ExistsError(_exists_message(self.store))
+        self._is_publishing = True
         self.store.publish(MANIFEST_NAME, data)
         if self._old_data is not None:
-            self.store.delete_tree(self._old_data)
+            # The new checkpoint exists, whatever becomes of the old one's objects.
+            with contextlib.suppress(OSError):
+                self.store.delete_tree(self._old_data)
         return len(data)
 
+    def is_committed(self) -> bool:
+        """Whether the manifest names this attempt; also when that cannot be found out."""
+        if not self._is_publishing:
+            return False
+        try:
+            return parse_manifest(self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), self.store.path).data == self.data
+        except FileNotFoundError:
+            return False
+        except (OSError, CheckpointError):
+            return True
+
     def abandon(self) -> None:
-        """Deletes what the attempt wrote, as far as storage lets it."""
+        """Deletes what the attempt wrote, as far as storage lets it, unless it is committed after all.
+
+        It is when only the sync after the rename failed, and when somebody interrupts the sweep.
+        """
+        if self.is_committed():
+            return
         with contextlib.suppress(OSError):
             self.store.delete_tree(self.data)
         if isinstance(self.store, LocalStore) and not self.store.exists(MANIFEST_NAME):
@@ -107,7 +127,7 @@ def begin(store: Store, *, may_overwrite: bool) -> Attempt:
             raise ExistsError(_exists_message(store))
         # A damaged manifest names no directory that could be deleted safely; it is replaced all the same.
         with contextlib.suppress(CheckpointError):
-            old_data = parse_manifest(store.read(MANIFEST_NAME), store.path).data
+            old_data = parse_manifest(store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), store.path).data
     return Attempt(store, old_data, may_overwrite)
 
 

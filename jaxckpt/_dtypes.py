@@ -26,6 +26,9 @@ _ZARR_NAMES = frozenset(
     float8_e5m2 float8_e5m2fnuz float8_e8m0fnu""".split()
 )
 
+# JAX has these too, all of them from ml_dtypes.
+_JAX_ONLY_NAMES = frozenset("int1 uint1 uint2 uint4 float8_e4m3 float6_e2m3fn float6_e3m2fn".split())
+
 _ITEM_BYTES_MAX = 1 << 30
 
 
@@ -40,7 +43,7 @@ def describe_dtype(dtype: np.dtype[Any]) -> DtypeDescriptor:
     candidates: list[DtypeDescriptor] = []
     if dtype.fields is not None or dtype.subdtype is not None:
         try:
-            candidates.append(_to_lists(np.lib.format.dtype_to_descr(dtype)))
+            candidates.append(_to_lists(np.lib.format.dtype_to_descr(np.lib.format.drop_metadata(dtype))))
         except ValueError as error:
             raise TypeError(f"dtype {dtype} has fields that overlap or are out of order") from error
     else:
@@ -71,6 +74,8 @@ def dtype_from(descriptor: Any) -> np.dtype[Any]:
         raise ValueError(f"unknown dtype {str(descriptor)[:80]!r}") from error
     if dtype.hasobject:
         raise ValueError(f"dtype {str(descriptor)[:80]!r} holds Python objects")
+    if dtype.subdtype is not None:
+        raise ValueError(f"dtype {str(descriptor)[:80]!r} is an array, not an element")
     if dtype.itemsize > _ITEM_BYTES_MAX:
         raise ValueError(f"dtype {str(descriptor)[:80]!r} has elements of {dtype.itemsize} bytes")
     return dtype
@@ -81,6 +86,11 @@ def zarr_name(dtype: np.dtype[Any]) -> str | None:
     if dtype.fields is None and dtype.subdtype is None and dtype.isnative and dtype.name in _ZARR_NAMES:
         return dtype.name
     return None
+
+
+def is_jax_dtype(dtype: np.dtype[Any]) -> bool:
+    """Whether a `jax.Array` can have this dtype."""
+    return zarr_name(dtype) is not None or (dtype.isnative and dtype.name in _JAX_ONLY_NAMES)
 
 
 @functools.cache

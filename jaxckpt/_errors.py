@@ -22,6 +22,18 @@ from collections.abc import Sequence
 _PROBLEMS_SHOWN_MAX = 10
 
 
+def printable(text: str) -> str:
+    """Text in one line, with whatever could disturb a terminal written as an escape sequence of Python's."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def printable_key(key: str) -> str:
+    """A key for people; that of a tree that is one leaf is empty."""
+    return printable(key) or "(root)"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong with one leaf or one stored object.
@@ -38,7 +50,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return self.message if self.key is None else f"{self.key or '(root)'}: {self.message}"
+        return self.message if self.key is None else f"{printable_key(self.key)}: {self.message}"
 
 
 class CheckpointError(Exception):
@@ -94,5 +106,6 @@ def list_problems(headline: str, problems: Sequence[Problem], advice: Sequence[s
     lines += [f"  {problem}" for problem in problems[:_PROBLEMS_SHOWN_MAX]]
     if len(problems) > _PROBLEMS_SHOWN_MAX:
         lines.append(f"  ... and {len(problems) - _PROBLEMS_SHOWN_MAX} more")
-    lines += advice
+    if advice:
+        lines.append("; ".join(advice))
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ._config import PIECE_BYTES, RestoreOptions
-from ._errors import FormatError, Problem
+from ._errors import FormatError, Problem, printable, printable_key
 from ._layout import flat_boxes
 from ._progress import Progress, ProgressMeter
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
@@ -186,8 +186,8 @@ class Description:
             if len(shape) > 40:
                 shape = shape[:37] + "..."
             size = "" if is_value else format_bytes(leaf.nbytes)
-            row = (leaf.key or "(root)", leaf.dtype, shape, size, leaf.sharding)
-            rows.append(tuple(printable(cell) for cell in row))
+            key, dtype, sharding = printable_key(leaf.key), printable(leaf.dtype), printable(leaf.sharding)
+            rows.append((key, dtype, printable(shape), size, sharding))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = []
         for row in rows:
@@ -216,10 +216,9 @@ def describe(path: Path | Checkpoint) -> Description:
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     manifest = checkpoint.manifest
     own_objects = int(np.count_nonzero(manifest.chunks.pack < 0))
-    created = dt.datetime.fromtimestamp(manifest.created_s, dt.UTC)
     return Description(
         path=checkpoint.path,
-        created=created.isoformat(timespec="seconds"),
+        created=format_date(manifest.created_s),
         writer=checkpoint.writer,
         metadata=checkpoint.metadata,
         nbytes=checkpoint.nbytes,
@@ -257,11 +256,9 @@ def format_value(value: Any) -> str:
         return hex(value)
 
 
-def printable(text: str) -> str:
-    """Text in one line, with whatever could disturb a terminal written as an escape sequence of Python's."""
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+def format_date(seconds: float) -> str:
+    """Seconds since 1970 as ISO 8601, UTC."""
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).isoformat(timespec="seconds")
 
 
 def format_bytes(nbytes: int) -> str:
@@ -302,8 +299,8 @@ class DiffReport:
         return not (self.only_in_a or self.only_in_b or self.changed)
 
     def __str__(self) -> str:
-        lines = [f"only in {self.a}: {key}" for key in self.only_in_a]
-        lines += [f"only in {self.b}: {key}" for key in self.only_in_b]
+        lines = [f"only in {self.a}: {printable_key(key)}" for key in self.only_in_a]
+        lines += [f"only in {self.b}: {printable_key(key)}" for key in self.only_in_b]
         lines += [str(problem) for problem in self.changed]
         lines.append(f"{self.equal} leaves are equal")
         return "\n".join(lines)

@@ -28,6 +28,7 @@ import json
 import keyword
 import operator
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ import jax
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from ._errors import CheckpointError, Problem, UnsupportedLeafError
+from ._errors import CheckpointError, MismatchError, Problem, UnsupportedLeafError, list_problems
 
 # Far below Python's recursion limit, far above any model.
 DEPTH_MAX = 400
@@ -72,8 +73,10 @@ def flatten(tree: Any) -> FlatTree:
     """
     try:
         leaves, treedef = jax.tree_util.tree_flatten(tree)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"JAX cannot flatten the tree: {error}") from error
+    except (ValueError, TypeError, RecursionError, SystemError) as error:
+        # A tree that is too deep for JAX ends in a RecursionError inside a SystemError.
+        reason = "it is nested too deep" if isinstance(error, SystemError) else error
+        raise CheckpointError(f"JAX cannot flatten the tree: {reason}") from error
     keys, nodes = _structure_of(tree, treedef)
     if len(keys) != len(leaves):
         raise CheckpointError(
@@ -86,27 +89,32 @@ def flatten(tree: Any) -> FlatTree:
 def _structure_of(tree: Any, treedef: Any) -> tuple[tuple[str, ...], list[Any]]:
     """Keys and nodes, remembered for the last few tree structures: a training loop saves the same one again."""
     try:
-        return _remembered_structure(_TreeOfStructure(treedef, tree))
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
+        holder = _TreeOfStructure(treedef, tree)
+        hash(holder)
+    except (TypeError, ValueError):  # static data that has no hash, or cannot be shown
         return _walk(tree)
+    return _remembered_structure(holder)
 
 
 class _TreeOfStructure:
     """A cache key that equals by tree structure; the tree itself is there only while the entry is computed."""
 
-    __slots__ = ("tree", "treedef")
+    __slots__ = ("text", "tree", "treedef")
 
     def __init__(self, treedef: Any, tree: Any) -> None:
         self.treedef = treedef
+        self.text = repr(treedef)  # tells apart what compares equal: the dict keys 1, 1.0 and True
         self.tree = tree
 
     def __hash__(self) -> int:
         return hash(self.treedef)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _TreeOfStructure) and bool(self.treedef == other.treedef)
+        return (
+            isinstance(other, _TreeOfStructure)
+            and self.text == other.text
+            and bool(self.treedef == other.treedef)
+        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,6 +134,12 @@ def _walk(tree: Any) -> tuple[tuple[str, ...], list[Any]]:
             problem = Problem(key, "leaf", "two leaves of the tree have this key")
             raise UnsupportedLeafError(f"cannot name the leaves of the tree:\n  {problem}", [problem])
         seen.add(key)
+    # What cannot be read back must not be written.
+    wrong = validate_nodes(nodes, len(keys))
+    if wrong is not None or not are_keys_of_nodes(nodes, keys):
+        raise CheckpointError(
+            f"the structure of the tree cannot be recorded: {wrong or 'a node names its children inconsistently'}"
+        )
     return tuple(keys), nodes
 
 
@@ -175,7 +189,8 @@ def _describe_node(node: Any, children: list[tuple[Any, Any]], prefix: str) -> l
         return ["dict", keys]
     class_name = f"{node_type.__module__}:{node_type.__qualname__}"
     fields: Any = getattr(node, "_fields", None)
-    if isinstance(node, tuple) and fields is not None:
+    # A namedtuple that is registered with flatten functions of its own can have other children than its fields.
+    if isinstance(node, tuple) and fields is not None and list(fields) == keys:
         return ["namedtuple", class_name, list(fields)]
     return ["node", class_name, keys]
 
@@ -241,7 +256,7 @@ def _encode_key(token: Any, prefix: str) -> str | int | list[str]:
         return operator.index(key)
     try:
         return [json.dumps(_typed_json(key), separators=(",", ":"), ensure_ascii=False)]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: an int of more digits than Python prints
         problem = Problem(
             prefix,
             "leaf",
@@ -260,6 +275,8 @@ def _typed_json(key: Any) -> Any:
     """JSON from which the exact Python value can be told: scalars as themselves, the rest as [tag, value]."""
     if key is None or isinstance(key, (bool, str)):
         return key
+    if isinstance(key, np.bool_):
+        return bool(key)
     if isinstance(key, int):
         return int(key)
     if isinstance(key, float):
@@ -343,29 +360,37 @@ def _child_count(node: Any) -> int:
             raise TypeError("fields are not strings")
         return len(keys)
     for key in keys:
-        if not isinstance(key, (str, int)) and not (isinstance(key, list) and len(key) == 1):
+        if type(key) not in (str, int) and not (isinstance(key, list) and len(key) == 1):
             raise TypeError("bad key")
     if len({_decode_key(key) for key in keys}) != len(keys):
         raise ValueError("a key twice")
     return len(keys)
 
 
-def keys_of_nodes(nodes: list[Any]) -> list[str]:
-    """The keys of the leaves of a valid structure record, in order."""
-    keys: list[str] = []
-    _iterate_nodes(iter(nodes), "", True, keys)
-    return keys
+def are_keys_of_nodes(nodes: list[Any], keys: Sequence[str]) -> bool:
+    """Whether a valid structure record has leaves with just these keys, in order.
 
-
-def _iterate_nodes(stream: Iterator[Any], prefix: str, is_root: bool, keys: list[str]) -> None:
-    node = next(stream)
-    if node is NONE_NODE:
-        return
-    if not isinstance(node, list):
-        keys.append(prefix)
-        return
-    for part in _component_list(node):
-        _iterate_nodes(stream, part if is_root else f"{prefix}/{part}", False, keys)
+    No key is made before the one in front of it was found to be right: a record of a megabyte can have a hundred
+    thousand leaves below one name of a megabyte.
+    """
+    expected = iter(keys)
+    # For each open node the components of the children that are still to come, and those on the way to the next node.
+    open_nodes: list[Iterator[str]] = []
+    parts: list[str] = []
+    for node in nodes:
+        if isinstance(node, list):
+            open_nodes.append(iter(_component_list(node)))
+            parts.append("")
+        elif node is not NONE_NODE and next(expected, None) != "/".join(parts):
+            return False
+        while open_nodes:
+            component = next(open_nodes[-1], None)
+            if component is not None:
+                parts[-1] = component
+                break
+            open_nodes.pop()
+            parts.pop()
+    return next(expected, None) is None
 
 
 def _component_list(node: list[Any]) -> list[str]:
@@ -431,22 +456,44 @@ def _namedtuple_class(name: str, fields: tuple[str, ...]) -> Any:
     """A namedtuple with these fields; names that Python does not allow become ``_0``, ``_1``, ..."""
     if not name.isidentifier() or keyword.iskeyword(name):
         name = "Restored"
-    return collections.namedtuple(name, fields, rename=True)  # noqa: PYI024  # pyright: ignore[reportUntypedNamedTuple]
+    # Python takes identifiers for equal that are so after this normalization.
+    normal = [unicodedata.normalize("NFKC", field) for field in fields]
+    return collections.namedtuple(name, normal, rename=True)  # noqa: PYI024  # pyright: ignore[reportUntypedNamedTuple]
 
 
 def nested_dicts(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
-    """A tree of plain dicts from keys; what a renamed tree becomes when nobody gives a structure."""
+    """A tree of plain dicts from keys; what a renamed tree becomes when nobody gives a structure.
+
+    Raises:
+      MismatchError: Keys that are none, that name the same place, or of which one lies below another.
+    """
     if list(keys) == [""]:
         return leaves[0]
     root: dict[Any, Any] = {}
+    problems: list[Problem] = []
     for key, leaf in zip(keys, leaves, strict=True):
-        *parents, last = (unescape_component(part) for part in key.split("/"))
+        wrong = _put_nested(root, key, leaf)
+        if wrong is not None:
+            problems.append(Problem(key, "rename", wrong))
+    if problems:
+        raise MismatchError(list_problems("the keys do not make up a tree", problems), problems)
+    return root
+
+
+def _put_nested(root: dict[Any, Any], key: str, leaf: Any) -> str | None:
+    """Puts a leaf into nested dicts, or says why it cannot be there."""
+    if not key:
+        return "the root cannot be a leaf where there are other leaves"
+    try:
+        *parents, last = [unescape_component(part) for part in key.split("/")]
         inner = root
         for parent in parents:
             inner = inner.setdefault(parent, {})
             if not isinstance(inner, dict):
-                raise CheckpointError(f"key {key!r} lies below another leaf")
+                return "lies below another leaf"
         if last in inner:
-            raise CheckpointError(f"key {key!r} collides with another key")
-        inner[last] = leaf
-    return root
+            return "names the same place as another leaf, or lies above it"
+    except (ValueError, TypeError, AttributeError, IndexError):
+        return "is no key: after ~ only 0, 1, e, s and j have a meaning"
+    inner[last] = leaf
+    return None

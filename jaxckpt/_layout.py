@@ -9,7 +9,10 @@ All functions here are pure. Boxes are half-open, shapes are those of the stored
 3. Both are cut into *pieces*, what one write call carries: a part of one chunk, or several packed chunks. Pieces of
    packs start at multiples of 4096 bytes for O_DIRECT, chunks in packs at multiples of 64 for zero-copy restores.
    A packed chunk's stored length runs to the start of the next one, so that checksums cover the padding too.
-4. `flat_boxes` goes the other way: the boxes that a range of a chunk's elements covers.
+   All chunks of a shard are written before those of the next shard: whoever passes shards through bounded memory
+   can give each one's memory back before it takes the next. Only the columns are in the order of the chunk grid.
+4. `flat_boxes` goes the other way: the boxes that a range of a chunk's elements covers. `contiguous_runs` cuts what is
+   too large to be in memory whole.
 """
 
 from __future__ import annotations
@@ -169,19 +172,21 @@ def plan_writes(
 @functools.lru_cache(maxsize=4096)
 def _chunks_of(
     extent: LeafExtent, chunk_shape: tuple[int, ...]
-) -> tuple[tuple[tuple[int, ...], int, int], ...]:
-    """For each chunk in grid order: its index, the number of its shard, and its first byte in that shard."""
+) -> tuple[tuple[int, tuple[int, ...], int, int], ...]:
+    """For each chunk, shard by shard: its row in the grid's order, its index, its shard, its first byte in that."""
     grid = tuple(size // chunk for size, chunk in zip(extent.shape, chunk_shape, strict=True))
+    if 0 in grid:
+        return ()  # np.ndindex would list the other axes all the same, however long they are
     owners = dict(extent.owners)
     chunks = []
-    for index in np.ndindex(grid):
+    for row, index in enumerate(np.ndindex(grid)):
         lo = [place * size for place, size in zip(index, chunk_shape, strict=True)]
         corner = tuple(at // size * size for at, size in zip(lo, extent.shard_shape, strict=True))
         first = 0
         for at, start, size in zip(lo, corner, extent.shard_shape, strict=True):
             first = first * size + at - start
-        chunks.append((index, owners[corner], first * extent.itemsize))
-    return tuple(chunks)
+        chunks.append((row, index, owners[corner], first * extent.itemsize))
+    return tuple(sorted(chunks, key=lambda chunk: chunk[2:]))
 
 
 class _Planner:
@@ -205,27 +210,31 @@ class _Planner:
 
     def add_leaf(self, leaf: int, extent: LeafExtent, chunk_shape: tuple[int, ...]) -> None:
         nbytes = math.prod(chunk_shape) * extent.itemsize
-        for index, shard, first in _chunks_of(extent, chunk_shape):
-            self._nbytes += nbytes
+        chunks = _chunks_of(extent, chunk_shape)
+        first_chunk = len(self._pack)
+        for column in (self._pack, self._offset, self._length):
+            column.extend([0] * len(chunks))
+        self._nbytes += nbytes * len(chunks)
+        for row, index, shard, first in chunks:
             if nbytes < self._pack_bytes_max:
-                self._add_packed(leaf, shard, first, nbytes)
+                self._add_packed(leaf, first_chunk + row, shard, first, nbytes)
             else:
-                self._add_object(leaf, index, shard, first, nbytes)
+                self._add_object(leaf, first_chunk + row, index, shard, first, nbytes)
 
-    def _add_object(self, leaf: int, index: tuple[int, ...], shard: int, first: int, nbytes: int) -> None:
+    def _add_object(
+        self, leaf: int, chunk: int, index: tuple[int, ...], shard: int, first: int, nbytes: int
+    ) -> None:
         number = len(self._objects)
-        chunk = len(self._pack)
         self._objects.append(PlannedObject(leaf, index, nbytes))
-        self._pack.append(OWN_OBJECT)
-        self._offset.append(0)
-        self._length.append(nbytes)
+        self._pack[chunk] = OWN_OBJECT
+        self._length[chunk] = nbytes
         for offset in range(0, nbytes, self._piece_bytes):
             length = min(self._piece_bytes, nbytes - offset)
             block = offset // BLOCK_BYTES
             segment = Segment(leaf, shard, first + offset, first + offset + length, 0, length, chunk, block)
             self._pieces.append(Piece(number, offset, length, (segment,)))
 
-    def _add_packed(self, leaf: int, shard: int, first: int, nbytes: int) -> None:
+    def _add_packed(self, leaf: int, chunk: int, shard: int, first: int, nbytes: int) -> None:
         stored = _align(nbytes, PACK_ALIGNMENT)
         if self._piece_fill and _align(self._piece_fill + stored, PIECE_ALIGNMENT) > self._piece_bytes:
             self._close_piece()
@@ -234,13 +243,12 @@ class _Planner:
         if self._pack_object is None:
             self._pack_object = len(self._objects)
             self._objects.append(PlannedObject(None, (len(self._packs),), 0))
-        chunk = len(self._pack)
         self._piece_segments.append(
             Segment(leaf, shard, first, first + nbytes, self._piece_fill, stored, chunk, 0)
         )
-        self._pack.append(len(self._packs))
-        self._offset.append(self._pack_bytes + self._piece_fill)
-        self._length.append(stored)
+        self._pack[chunk] = len(self._packs)
+        self._offset[chunk] = self._pack_bytes + self._piece_fill
+        self._length[chunk] = stored
         self._piece_fill += stored
 
     def _close_piece(self) -> None:
@@ -315,6 +323,48 @@ def flat_boxes(lo: int, hi: int, shape: tuple[int, ...]) -> Iterator[Box]:
     if last_at and last >= first:
         for inner_lo, inner_hi in flat_boxes(0, last_at, shape[1:]):
             yield (last, *inner_lo), (last + 1, *inner_hi)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """A box that is a contiguous range of an array in C order: bytes ``[lo, hi)``."""
+
+    lo: int
+    hi: int
+    box: Box
+
+
+def whole_run(shape: tuple[int, ...], itemsize: int) -> Run:
+    """All of an array."""
+    return Run(0, math.prod(shape) * itemsize, ((0,) * len(shape), shape))
+
+
+def contiguous_runs(shape: tuple[int, ...], itemsize: int, bytes_max: int) -> Iterator[Run]:
+    """Cuts an array, in order, into runs of at most ``bytes_max`` bytes, or of one element if that is larger.
+
+    Example:
+      >>> [(run.lo, run.hi) for run in contiguous_runs((2, 3), 4, 8)]
+      [(0, 8), (8, 12), (12, 20), (20, 24)]
+    """
+    nbytes = math.prod(shape) * itemsize
+    if nbytes <= bytes_max or not shape:
+        yield whole_run(shape, itemsize)
+        return
+    # The first axis along which one step fits.
+    axis, step = 0, nbytes // shape[0]
+    while step > bytes_max and axis + 1 < len(shape):
+        axis += 1
+        step //= shape[axis]
+    steps = max(bytes_max // step, 1)
+    rest = shape[axis + 1 :]
+    lo = 0
+    for outer in np.ndindex(shape[:axis]):
+        for first in range(0, shape[axis], steps):
+            last = min(first + steps, shape[axis])
+            hi = lo + (last - first) * step
+            box = (*outer, first, *(0,) * len(rest)), (*(place + 1 for place in outer), last, *rest)
+            yield Run(lo, hi, box)
+            lo = hi
 
 
 def blocks_of_box(box: Box, shape: tuple[int, ...], itemsize: int) -> set[int]:

@@ -88,6 +88,8 @@ def _inspect(leaf: Any) -> Leaf:
         return _inspect_value(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise _RefusedError("is a ShapeDtypeStruct, which has no values; save arrays")
+    if isinstance(leaf, jax.Ref):
+        raise _RefusedError("is a jax.Ref, which later code changes; save the array that it holds, ref[...]")
     if callable(leaf):
         raise _RefusedError(
             f"is a {type(leaf).__name__}, and code is not stored; take it out of the tree "
@@ -136,11 +138,13 @@ def _inspect_numpy(leaf: np.ndarray[Any, Any]) -> Leaf:
             f"is a {type(leaf).__qualname__}; convert it with numpy.asarray, which drops what it adds"
         )
     if leaf.dtype.hasobject:
-        raise _RefusedError("is an array of Python objects; convert it to a dtype with a fixed size")
+        raise _RefusedError(
+            f"is an array of Python objects ({leaf.dtype}); convert it to a dtype with a fixed size"
+        )
     try:
         descriptor = describe_dtype(leaf.dtype)
     except TypeError as error:
-        raise _RefusedError(str(error)) from error
+        raise _RefusedError(f"{error}; save its fields, or a copy in a plain dtype, instead") from error
     order = "F" if leaf.flags.f_contiguous and not leaf.flags.c_contiguous else "C"
     spec = LeafSpec(kind="numpy", dtype=descriptor, shape=leaf.shape, order=order)
     return Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
@@ -164,7 +168,7 @@ def _encode_scalar(leaf: np.generic) -> list[Any]:
     try:
         return encode_value(leaf)
     except TypeError as error:
-        raise _RefusedError(str(error)) from error
+        raise _RefusedError(f"{error}; save its fields, or a copy in a plain dtype, instead") from error
 
 
 _VALUE_TEMPLATE = Template(LeafSpec("value"), None, None)

@@ -26,12 +26,13 @@ import numpy as np
 import xxhash
 
 from ._config import BLOCK_BYTES
-from ._dtypes import DtypeDescriptor, describe_dtype, dtype_from, stored_form
+from ._dtypes import DtypeDescriptor, describe_dtype, dtype_from, is_jax_dtype, stored_form
 from ._errors import FormatError, Problem
-from ._keys import keys_of_nodes, validate_nodes
+from ._keys import are_keys_of_nodes, validate_nodes
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.msgpack"
+MANIFEST_BYTES_MAX = (1 << 32) + 64  # msgpack has no longer payload, and the rest of the frame is shorter
 CHECKSUM_BYTES = 16
 
 # In packs every chunk starts at a multiple of this, so that a buffer read from disk can become an array in place.
@@ -42,6 +43,8 @@ PIECE_ALIGNMENT = 4096
 OWN_OBJECT = -1  # in the pack column: the chunk is an object of its own
 
 _MAGIC = "jaxckpt"
+_TIME_S_MAX = 253402300800  # the year 10000, the end of dates in Python and ISO 8601
+_METADATA_BYTES_MAX = 1 << 26  # they are a few hundred bytes, and read whole
 _OBJECT_BYTES_MAX = 1 << 50  # keeps all sums of the columns far from the end of int64
 # Of the stored form. NumPy's limit; Zarr readers stop at 32, and such an array is then no Zarr array to them.
 RANK_MAX = 64
@@ -292,14 +295,8 @@ def parse_manifest(data: bytes, source: str) -> Manifest:
     except FormatError:
         raise
     except (
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+        Exception
+    ) as error:  # a hostile payload can make Python raise almost anything; all of it means this
         _fail(source, f"the manifest is malformed: {type(error).__name__}: {str(error)[:200]}", error)
 
 
@@ -313,8 +310,7 @@ def _fail(source: str, message: str, cause: BaseException | None = None) -> NoRe
 
 def _unframe(data: bytes, source: str) -> dict[str, Any]:
     try:
-        frame = msgpack.unpackb(data)
-        magic, checksum, payload = frame
+        magic, checksum, payload = _unpack(data)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         _fail(source, "it is not a manifest of jaxckpt, or it is damaged or cut off", error)
     if magic != _MAGIC or not isinstance(payload, bytes):
@@ -322,12 +318,29 @@ def _unframe(data: bytes, source: str) -> dict[str, Any]:
     if xxhash.xxh3_128_digest(payload) != checksum or _frame(payload) != data:
         _fail(source, "its checksum does not match: it is damaged")
     try:
-        fields = msgpack.unpackb(payload, unicode_errors="surrogatepass")
+        fields = _unpack(payload)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         _fail(source, "its payload is not valid msgpack", error)
     if not isinstance(fields, dict):
         _fail(source, "its payload is not a map")
     return fields
+
+
+def _unpack(data: bytes) -> Any:
+    """Decodes msgpack in memory that is bounded by the length of the data.
+
+    A header of five bytes may claim four billion elements, and msgpack takes memory for them before it looks. So the
+    elements are counted first, without making any.
+    """
+    counter = msgpack.Unpacker(max_buffer_size=len(data))
+    counter.feed(data)
+    counter.skip()
+    return msgpack.unpackb(data, unicode_errors="surrogatepass")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which no file name can hold."""
+    return text.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 class _Parser:
@@ -340,23 +353,23 @@ class _Parser:
     def parse(self) -> Manifest:
         self._check_versions()
         keys = self._keys()
-        specs = self._specs(len(self._fields["shardings"]))
+        specs = tuple(self._spec(record) for record in self._list("specs"))
         spec_index = self._column("spec_index", "<u4", len(keys))
         if len(keys) and int(spec_index.max()) >= len(specs):
             self._fail("a leaf names a spec that is not there")
         manifest = Manifest(
             data=self._data_directory(),
-            created_s=float(self._fields["created_s"]),
-            writer={str(name): str(version) for name, version in self._fields["writer"].items()},
+            created_s=self._created_s(),
+            writer=self._writer(),
             metadata=self._fields["metadata"],
             nodes=self._fields["tree"],
             keys=keys,
             specs=specs,
             spec_index=spec_index,
             values=self._values(),
-            shardings=tuple(self._sharding(descriptor) for descriptor in self._fields["shardings"]),
-            directories={int(leaf): self._path(path) for leaf, path in self._fields["directories"]},
-            packs=tuple(self._size(length) for length in self._fields["packs"]),
+            shardings=tuple(self._sharding(descriptor) for descriptor in self._list("shardings")),
+            directories={leaf: self._path(path) for leaf, path in self._by_leaf("directories").items()},
+            packs=tuple(self._size(length) for length in self._list("packs")),
             chunks=self._chunks(specs, spec_index),
             objects=self._objects(),
         )
@@ -378,23 +391,53 @@ class _Parser:
                 f"it needs a reader of format {min_reader}; this version reads up to {FORMAT_VERSION}. "
                 f"It was written by jaxckpt {written_by}: install that version or a newer one"
             )
-        if self._fields["features"]:
+        if self._list("features"):
             self._fail(
                 f"it uses features that this version does not know: {str(self._fields['features'])[:200]}"
             )
         if self._fields["block_bytes"] != BLOCK_BYTES or self._fields["checksum"] != "xxh3-128":
             self._fail("it uses another block size or checksum than format 1 has")
 
+    def _list(self, name: str) -> list[Any]:
+        return self._as_list(self._fields[name], f"its {name}")
+
+    def _as_list(self, value: Any, what: str) -> list[Any]:
+        if not isinstance(value, list):
+            self._fail(f"{what}: not a list but {type(value).__name__}")
+        return value
+
+    def _by_leaf(self, name: str) -> dict[int, Any]:
+        """A list of ``[leaf, anything]``, each leaf once, in order."""
+        entries = self._list(name)
+        leaves = [self._size(leaf) for leaf, _ in entries]
+        if sorted(set(leaves)) != leaves:
+            self._fail(f"its {name} are out of order, or name a leaf twice")
+        return {leaf: value for leaf, value in entries}  # noqa: C416  entries are lists, not pairs
+
+    def _writer(self) -> dict[str, str]:
+        writer = self._fields["writer"]
+        if not isinstance(writer, dict) or not all(
+            isinstance(text, str) for text in (*writer, *writer.values())
+        ):
+            self._fail("the versions of its writer are not texts")
+        return writer
+
     def _data_directory(self) -> str:
         name = self._fields["data"]
         if (
             not isinstance(name, str)
             or not name.startswith("data-")
-            or not name[5:].isalnum()
+            or not (name.isascii() and name[5:].isalnum())
             or len(name) > 100
         ):
             self._fail("it names a bad data directory")
         return name
+
+    def _created_s(self) -> float:
+        created_s = self._fields["created_s"]
+        if type(created_s) not in (int, float) or not 0 <= created_s < _TIME_S_MAX:
+            self._fail("it was written at no possible time")
+        return float(created_s)
 
     def _keys(self) -> tuple[str, ...]:
         keys = self._fields["keys"]
@@ -403,31 +446,36 @@ class _Parser:
         wrong = validate_nodes(self._fields["tree"], len(keys))
         if wrong is not None:
             self._fail(wrong)
-        if keys_of_nodes(self._fields["tree"]) != keys:
+        if not are_keys_of_nodes(self._fields["tree"], keys):
             self._fail("its keys are not those of its structure")
         if len(set(keys)) != len(keys):
             self._fail("two leaves have the same key")
         return tuple(keys)
 
-    def _specs(self, sharding_count: int) -> tuple[LeafSpec, ...]:
-        return tuple(self._spec(record, sharding_count) for record in self._fields["specs"])
-
-    def _spec(self, record: dict[str, Any], sharding_count: int) -> LeafSpec:
+    def _spec(self, record: Any) -> LeafSpec:
+        if not isinstance(record, dict):
+            self._fail("a spec that is not a map")
         kind = record["kind"]
         if kind not in _KINDS:
             self._fail(f"unknown kind of leaf {str(kind)[:40]!r}")
         if kind == "value":
             return LeafSpec("value")
         sharding = record.get("sharding")
+        sharding_count = len(self._list("shardings"))
         if sharding is not None and not (type(sharding) is int and 0 <= sharding < sharding_count):
             self._fail("a leaf names a sharding that is not there")
+        flags = record.get("weak_type", False), record.get("committed", True)
+        if not all(isinstance(flag, bool) for flag in flags):
+            self._fail("a spec with a flag that is neither true nor false")
         spec = LeafSpec(
             kind=kind,
             dtype=record["dtype"],
-            shape=tuple(self._size(size) for size in record["shape"]),
-            chunk_shape=tuple(self._size(size) for size in record["chunk_shape"]),
-            weak_type=bool(record.get("weak_type", False)),
-            committed=bool(record.get("committed", True)),
+            shape=tuple(self._size(size) for size in self._as_list(record["shape"], "a shape")),
+            chunk_shape=tuple(
+                self._size(size) for size in self._as_list(record["chunk_shape"], "a chunk shape")
+            ),
+            weak_type=flags[0],
+            committed=flags[1],
             order=record.get("order", "C"),
             impl=record.get("impl"),
             sharding=sharding,
@@ -442,6 +490,8 @@ class _Parser:
             self._fail("a leaf of PRNG keys without key data")
         if spec.kind in ("bytes", "str") and not (spec.dtype == "uint8" and len(spec.shape) == 1):
             self._fail("a long string that is not a row of bytes")
+        if spec.kind == "array" and not is_jax_dtype(spec.np_dtype):
+            self._fail(f"an array of dtype {str(spec.dtype)[:80]}, which JAX does not have")
         stored = spec.stored_shape
         if len(stored) > RANK_MAX:
             self._fail(f"an array of rank {len(stored)}; the most is {RANK_MAX}")
@@ -450,18 +500,20 @@ class _Parser:
         for size, chunk in zip(stored, spec.chunk_shape, strict=True):
             if chunk < 1 or size % chunk:
                 self._fail(f"a chunk shape {spec.chunk_shape} that does not divide its array {stored}")
+        # Without the zeros too, for NumPy makes no array of shape (2**62, 2**62, 0).
+        if math.prod(size or 1 for size in stored) * spec.stored_itemsize >= 2**63:
+            self._fail(f"an array beyond all memory, of shape {stored}")
 
     def _values(self) -> dict[int, Any]:
-        values = {}
-        for leaf, value in self._fields["values"]:
+        values = self._by_leaf("values")
+        for value in values.values():
             decode_value(value)
-            values[int(leaf)] = value
         return values
 
     def _sharding(self, descriptor: Any) -> dict[str, Any]:
         if not isinstance(descriptor, dict) or descriptor.get("type") not in ("named", "single", "opaque"):
             self._fail("a sharding of unknown type")
-        if not isinstance(descriptor.get("memory_kind"), (str, type(None))):
+        if not isinstance(descriptor["memory_kind"], (str, type(None))):
             self._fail("a sharding with a bad memory kind")
         if descriptor["type"] == "single" and type(descriptor["device_id"]) is not int:
             self._fail("a sharding with a bad device")
@@ -470,7 +522,11 @@ class _Parser:
         return descriptor
 
     def _check_named_sharding(self, descriptor: dict[str, Any]) -> None:
-        axes, axis_types = descriptor["axes"], descriptor["axis_types"]
+        axes, axis_types, spec = (
+            self._as_list(descriptor[name], f"a mesh's {name}") for name in ("axes", "axis_types", "spec")
+        )
+        if max(len(axes), len(spec)) > RANK_MAX:
+            self._fail(f"a sharding with more than {RANK_MAX} axes")
         names = [name for name, _ in axes]
         sizes = [self._size(size) for _, size in axes]
         if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names) or 0 in sizes:
@@ -479,20 +535,31 @@ class _Parser:
             kind in ("Auto", "Explicit", "Manual") for kind in axis_types
         ):
             self._fail("a mesh with bad axis types")
-        used = [name for dimension in descriptor["spec"] if isinstance(dimension, list) for name in dimension]
+        used = [name for dimension in spec if isinstance(dimension, list) for name in dimension]
         if len(set(used)) != len(used) or not set(used) <= set(names):
             self._fail("a partition spec with axes that its mesh lacks, or one axis twice")
-        for dimension in descriptor["spec"]:
+        for dimension in spec:
             if not (dimension is None or dimension == "unconstrained" or isinstance(dimension, list)):
                 self._fail("a bad partition spec")
+        reduced = descriptor.get("reduced", [])
+        if not (isinstance(reduced, list) and set(reduced) <= set(names) - set(used)):
+            self._fail("a partition spec with bad reduced axes")
         device_ids = descriptor["device_ids"]
         if device_ids is not None and (
-            len(device_ids) != math.prod(sizes) or not all(type(number) is int for number in device_ids)
+            len(self._as_list(device_ids, "a mesh's devices")) != math.prod(sizes)
+            or not all(type(number) is int for number in device_ids)
+            or len(set(device_ids)) != len(device_ids)
         ):
-            self._fail("a mesh with another number of devices than its axes say")
+            self._fail("a mesh with another number of devices than its axes say, or one of them twice")
 
     def _path(self, path: Any) -> str:
-        if not isinstance(path, str) or len(path) > 4096 or "\\" in path or "\0" in path:
+        if (
+            not isinstance(path, str)
+            or len(path) > 4096
+            or "\\" in path
+            or "\0" in path
+            or not _is_unicode(path)
+        ):
             self._fail("a bad path")
         if any(part in ("", ".", "..") for part in path.split("/")):
             self._fail(f"a path that leaves the checkpoint: {path[:80]!r}")
@@ -532,10 +599,12 @@ class _Parser:
 
     def _objects(self) -> tuple[StoredObject, ...]:
         entries = []
-        for name, length, checksum in self._fields["objects"]:
+        for name, length, checksum in self._list("objects"):
             if not isinstance(checksum, bytes) or len(checksum) != CHECKSUM_BYTES:
                 self._fail("an object with a bad checksum")
-            entries.append(StoredObject(self._path(name), self._size(length), checksum))
+            if self._size(length) > _METADATA_BYTES_MAX:
+                self._fail("a metadata object beyond all reason")
+            entries.append(StoredObject(self._path(name), length, checksum))
         return tuple(entries)
 
     def _check_leaves(self, manifest: Manifest) -> None:
@@ -605,7 +674,8 @@ def encode_value(value: Any) -> list[Any]:
       TypeError: It is of no type that has a representation.
     """
     if isinstance(value, np.generic):
-        return ["numpy", describe_dtype(value.dtype), value.tobytes()]
+        # An empty string has a character's bytes in memory all the same.
+        return ["numpy", describe_dtype(value.dtype), value.tobytes()[: value.dtype.itemsize]]
     kind = type(value)
     if kind is bool:
         return ["bool", value]
@@ -622,25 +692,50 @@ def encode_value(value: Any) -> list[Any]:
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
 
 
+def _scalar(dtype: np.dtype[Any], data: bytes) -> Any:
+    """The NumPy scalar with these bytes."""
+    # Through an array, strings would lose the zeros at their end.
+    if dtype.kind == "U":
+        return np.str_(
+            data.decode("utf-32-le" if dtype == dtype.newbyteorder("<") else "utf-32-be", "surrogatepass")
+        )
+    if dtype.kind == "S":
+        return np.bytes_(data)
+    if dtype.itemsize == 0:
+        return np.zeros((), dtype)[()]
+    return np.frombuffer(bytearray(data), dtype)[0]  # a bytearray, so that the fields of a record can be set
+
+
+def decode_text(data: bytes) -> str:
+    """A long string from the bytes of its array."""
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"a string is stored as bytes that are no text: {error.reason}") from error
+
+
 def decode_value(record: Any) -> Any:
     """The value of a record of `encode_value`; raises ValueError or TypeError for anything else."""
+    if not isinstance(record, list):
+        raise TypeError(f"a value that is not a list but {type(record).__name__}")
     tag, *parts = record
     if tag == "numpy":
         descriptor, data = parts
         dtype = dtype_from(descriptor)
         if not isinstance(data, bytes) or len(data) != dtype.itemsize:
             raise ValueError("a scalar of the wrong length")
-        if dtype.itemsize == 0:
-            return np.zeros((), dtype)[()]
-        return np.frombuffer(data, dtype)[0]
+        return _scalar(dtype, data)
     (part,) = parts
     if tag == "bool" and isinstance(part, bool):
         return part
     if tag == "int" and isinstance(part, str):
-        return int(part, 16)
-    if tag == "float":
+        number = int(part, 16)
+        if hex(number) != part:
+            raise ValueError(f"an integer written in another way than Python's: {part[:40]!r}")
+        return number
+    if tag == "float" and isinstance(part, bytes) and len(part) == 8:
         return struct.unpack("<d", part)[0]
-    if tag == "complex":
+    if tag == "complex" and isinstance(part, bytes) and len(part) == 16:
         return complex(*struct.unpack("<dd", part))
     if (tag == "str" and isinstance(part, str)) or (tag == "bytes" and isinstance(part, bytes)):
         return part

@@ -12,20 +12,31 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ._errors import MismatchError, Problem, list_problems
-from ._manifest import LeafSpec, Manifest
+from ._errors import FormatError, MismatchError, Problem, list_problems
+from ._manifest import LeafSpec, Manifest, decode_value
 
 Select = str | Sequence[str] | Callable[[str], bool] | None
 Rename = Mapping[str, str] | Sequence[tuple[str, str]] | None
 
 _PYTHON_KINDS = (bool, int, float, complex, str, bytes)
+_DTYPE_OF_NUMBER = {kind: np.dtype(kind) for kind in (bool, int, float, complex)}
+_FLEXIBLE_TYPES = (np.str_, np.bytes_, np.void)
+
+_CAST = "pass cast=True to convert dtypes"
+_CAST_NUMBERS = "pass cast=True to convert between numbers"
+_RESHAPE = "pass reshape=True to give arrays with equally many elements another shape"
+_KEEP_MISSING = 'pass missing="keep" to keep the leaves of `like` that are not on disk'
+_IGNORE_UNEXPECTED = 'pass unexpected="ignore" to leave out what `like` does not have'
+_ADVICE = (_CAST, _CAST_NUMBERS, _RESHAPE, _KEEP_MISSING, _IGNORE_UNEXPECTED)
 
 
 def select_keys(keys: Sequence[str], select: Select) -> list[bool]:
@@ -59,11 +70,12 @@ def select_keys(keys: Sequence[str], select: Select) -> list[bool]:
     return [any(column) for column in zip(*matches, strict=True)] if matches else [False] * len(keys)
 
 
-def rename_keys(keys: Sequence[str], rename: Rename) -> list[str]:
+def rename_keys(keys: Sequence[str], is_selected: Sequence[bool], rename: Rename) -> list[str]:
     """New names of saved keys.
 
     Args:
       keys: Saved keys.
+      is_selected: Which of them are asked for; only those must not collide.
       rename: A mapping of saved keys, or of leading parts of them (whole components), to new ones; or pairs of
         a regular expression that must match a whole saved key and its replacement. The first rule that fits wins.
 
@@ -96,7 +108,9 @@ def rename_keys(keys: Sequence[str], rename: Rename) -> list[str]:
         if not is_used
     ]
     first_owner: dict[str, str] = {}
-    for key, new_key in zip(keys, renamed, strict=True):
+    for key, new_key, is_wanted in zip(keys, renamed, is_selected, strict=True):
+        if not is_wanted:
+            continue
         if new_key in first_owner:
             problems.append(Problem(new_key, "rename", f"would be both {first_owner[new_key]!r} and {key!r}"))
         first_owner[new_key] = key
@@ -168,20 +182,20 @@ def match_leaves(
     kept = set(unselected)
     matches: list[Match] = []
     problems: list[Problem] = []
-    advice: dict[str, None] = {}
+    advice: set[str] = set()
     for key, like in zip(like_keys, like_leaves, strict=True):
         if key in saved:
             matches.append(Match(saved[key], like))
             for problem, hint in _differences(key, manifest, saved[key], like, cast=cast, reshape=reshape):
                 problems.append(problem)
-                advice[hint] = None
+                advice.add(hint)
             continue
         matches.append(Match(None, like))
         if key in kept:
             continue
         if missing != "keep":
             problems.append(Problem(key, "missing", "not on disk"))
-            advice['pass missing="keep" to keep the leaves of `like` that are not on disk'] = None
+            advice.add(_KEEP_MISSING)
         elif isinstance(like, jax.ShapeDtypeStruct):
             problems.append(Problem(key, "missing", "not on disk, and `like` has no value to keep there"))
     if unexpected != "ignore":
@@ -189,11 +203,14 @@ def match_leaves(
         for key in saved:
             if key not in wanted:
                 problems.append(Problem(key, "unexpected", "on disk, not in `like`"))
-                advice['pass unexpected="ignore" to leave out what `like` does not have'] = None
+                advice.add(_IGNORE_UNEXPECTED)
     if problems:
         total = len({*like_keys, *saved})
-        headline = f"cannot restore {path!r} like the given tree: {len(problems)} of {total} leaves differ"
-        raise MismatchError(list_problems(headline, problems, [hint for hint in advice if hint]), problems)
+        differing = len({problem.key for problem in problems})
+        headline = f"cannot restore {path!r} like the given tree: {differing} of {total} leaves differ"
+        raise MismatchError(
+            list_problems(headline, problems, [hint for hint in _ADVICE if hint in advice]), problems
+        )
     return matches
 
 
@@ -216,26 +233,23 @@ def _differences(
         message = f"{names[saved_kind == 'key']} on disk, {names[like_kind == 'key']} in `like`"
         yield Problem(key, "kind", message), ""
         return
-    if like_kind == "key" and like.dtype != _key_dtype(spec.impl or ""):
+    if like_kind == "key" and like.dtype != key_dtype(key, spec):
         yield (
-            Problem(key, "dtype", f"dtype {_key_dtype(spec.impl or '')} on disk, {like.dtype} in `like`"),
+            Problem(key, "dtype", f"dtype {key_dtype(key, spec)} on disk, {like.dtype} in `like`"),
             "",
         )
     shape = logical_shape(spec)
     if tuple(like.shape) != shape:
-        can_reshape = (
-            reshape
-            and like_kind != "key"
-            and np.prod(like.shape, dtype=object) == np.prod(shape, dtype=object)
-        )
-        if not can_reshape:
-            hint = (
-                "" if reshape else "pass reshape=True to give arrays with equally many elements another shape"
-            )
+        can_reshape = like_kind != "key" and math.prod(like.shape) == math.prod(shape)
+        if not (can_reshape and reshape):
+            hint = _RESHAPE if can_reshape else ""
             yield Problem(key, "shape", f"shape {shape} on disk, {tuple(like.shape)} in `like`"), hint
-    if like_kind != "key" and np.dtype(like.dtype) != spec.np_dtype and not cast:
+    if like_kind != "key" and np.dtype(like.dtype) != spec.np_dtype:
         message = f"dtype {spec.np_dtype} on disk, {np.dtype(like.dtype)} in `like`"
-        yield Problem(key, "dtype", message), "pass cast=True to convert dtypes"
+        if not has_cast(spec.np_dtype, np.dtype(like.dtype)):
+            yield Problem(key, "dtype", message), ""
+        elif not cast:
+            yield Problem(key, "dtype", message), _CAST
 
 
 def _value_differences(
@@ -249,42 +263,72 @@ def _value_differences(
     *,
     cast: bool,
 ) -> Iterable[tuple[Problem, str]]:
-    saved_type = _saved_type(manifest, leaf, spec)
-    if like_kind == saved_kind == "value":
-        if saved_type == type(like).__name__ or (
-            cast and _is_number(saved_type) and _is_number(type(like).__name__)
-        ):
-            return
-        message = f"{saved_type} on disk, {type(like).__name__} in `like`"
-    else:
-        # A number and an array without axes hold the same thing, but one is not the other.
-        saved_shape = () if saved_kind == "value" else logical_shape(spec)
-        like_shape = () if like_kind == "value" else tuple(like.shape)
-        is_number = _is_number(saved_type) and _is_number(
-            type(like).__name__ if like_kind == "value" else "array"
-        )
-        if cast and saved_shape == like_shape == () and is_number and "key" not in (like_kind, saved_kind):
-            return
-        names = {"value": "{0}", "array": "a jax.Array", "numpy": "a NumPy array", "key": "PRNG keys"}
-        on_disk = names[saved_kind].format(saved_type)
-        message = f"{on_disk} on disk, {names[like_kind].format(type(like).__name__)} in `like`"
-    yield Problem(key, "kind", message), "pass cast=True to convert between numbers"
+    value = decode_value(manifest.values[leaf]) if spec.kind == "value" else None
+    names = {"array": "a jax.Array", "numpy": "a NumPy array", "key": "PRNG keys", "value": spec.kind}
+    on_disk = names[saved_kind] if value is None else _type_name(value)
+    in_like = _type_name(like) if like_kind == "value" else names[like_kind]
+    if on_disk == in_like:
+        return
+    message = f"{on_disk} on disk, {in_like} in `like`"
+    # A number and an array without axes hold the same thing, but one is not the other.
+    saved_dtype = _number_dtype(value) if value is not None else _array_dtype(saved_kind, spec)
+    like_dtype = _number_dtype(like) if like_kind == "value" else _array_dtype(like_kind, like)
+    saved_shape = () if saved_kind == "value" else spec.shape
+    like_shape = () if like_kind == "value" else tuple(like.shape)
+    is_scalar = saved_shape == like_shape == ()
+    if saved_dtype is None or like_dtype is None or not (is_scalar and has_cast(saved_dtype, like_dtype)):
+        yield Problem(key, "kind", message), ""
+    elif not cast:
+        yield Problem(key, "kind", message), _CAST_NUMBERS
+    elif value is not None and not _fits(value, like, like_dtype):
+        yield Problem(key, "kind", f"{str(value)[:40]} on disk does not fit {like_dtype} in `like`"), ""
 
 
-def _saved_type(manifest: Manifest, leaf: int, spec: LeafSpec) -> str:
-    """Type name of a saved value, or "array"."""
-    if spec.kind in ("bytes", "str"):
-        return spec.kind
-    if spec.kind != "value":
-        return "array"
-    record = manifest.values[leaf]
-    return str(record[1]) if record[0] == "numpy" else str(record[0])
+def has_cast(saved: Any, like: Any) -> bool:
+    """Whether ``cast=True`` converts between two dtypes: numbers, but none that is complex to one that is not."""
+    if _is_numeric(saved) and _is_numeric(like):
+        return not jnp.issubdtype(saved, jnp.complexfloating) or jnp.issubdtype(like, jnp.complexfloating)
+    return bool(saved.kind == like.kind and np.can_cast(saved, like, "safe"))
 
 
-def _is_number(type_name: str) -> bool:
-    return type_name not in ("str", "bytes") and not type_name.startswith(
-        ("str", "bytes", "datetime", "timedelta", "<")
-    )
+def _is_numeric(dtype: np.dtype[Any]) -> bool:
+    return bool(jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)) and dtype.kind != "m"
+
+
+def _type_name(value: Any) -> str:
+    """What a scalar is; for strings and raw bytes without their length."""
+    if not isinstance(value, np.generic):
+        return type(value).__name__
+    has_length = value.dtype.kind in "SUV" and value.dtype.fields is None and type(value) in _FLEXIBLE_TYPES
+    return f"numpy.{type(value).__name__ if has_length else value.dtype}"
+
+
+def _number_dtype(value: Any) -> np.dtype[Any] | None:
+    """The dtype that stands for a number, whatever its size; None for other scalars."""
+    if isinstance(value, np.generic):
+        return value.dtype if _is_numeric(value.dtype) else None
+    return _DTYPE_OF_NUMBER.get(type(value))
+
+
+def _array_dtype(kind: str, array: Any) -> np.dtype[Any] | None:
+    """The dtype of a saved or wanted array of numbers; None for anything else."""
+    if kind not in ("array", "numpy"):
+        return None
+    dtype = array.np_dtype if isinstance(array, LeafSpec) else np.dtype(array.dtype)
+    return dtype if _is_numeric(dtype) else None
+
+
+def _fits(value: Any, like: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether a number can be converted; an integer beyond the range, or NaN as an integer, cannot."""
+    try:
+        with np.errstate(all="ignore"):
+            if isinstance(like, (np.generic, *_PYTHON_KINDS)):
+                type(like)(value)
+            else:
+                np.asarray(value, dtype)
+    except (OverflowError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _kind_of(like: Any) -> str | None:
@@ -303,10 +347,34 @@ def logical_shape(spec: LeafSpec) -> tuple[int, ...]:
     return spec.shape[:-1] if spec.kind == "key" else spec.shape
 
 
+def key_dtype(key: str, spec: LeafSpec) -> Any:
+    """The dtype of saved PRNG keys.
+
+    Raises:
+      FormatError: JAX has no such implementation here, or its keys have data of another shape.
+    """
+    try:
+        dtype, data_shape = _key_form(spec.impl or "")
+    except ValueError as error:
+        wrong = (
+            f"holds PRNG keys of the implementation {spec.impl!r}, which is not registered in this program"
+        )
+        problem, cause = Problem(key, "dtype", wrong), error
+    else:
+        if spec.shape[-len(data_shape) :] == data_shape:
+            return dtype
+        wrong = f"holds PRNG keys of {spec.impl} with data of shape {spec.shape}, which is not (..., {data_shape})"
+        problem, cause = Problem(key, "dtype", wrong), None
+    raise FormatError(
+        list_problems("cannot make PRNG keys of what is stored", [problem]), [problem]
+    ) from cause
+
+
 @functools.cache
-def _key_dtype(impl: str) -> Any:
-    """The dtype of typed PRNG keys of an implementation."""
-    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+def _key_form(impl: str) -> tuple[Any, tuple[int, ...]]:
+    """The dtype of typed PRNG keys of an implementation, and the shape of the data of one."""
+    key, data = jax.eval_shape(lambda: (made := jax.random.key(0, impl=impl), jax.random.key_data(made)))
+    return key.dtype, data.shape
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from ._manifest import LeafSpec, decode_value
+from ._manifest import LeafSpec, decode_text, decode_value
 from ._resharding import Destination
 from ._shardings import Box, box_of, shard_boxes
 
@@ -52,7 +52,9 @@ def boxes_of(target: Target, spec: LeafSpec) -> list[Box]:
         return []
     stored = spec.stored_shape
     if target.kind in ("array", "key") and target.sharding is not None and target.shape == spec.shape:
-        return list(shard_boxes(target.sharding, target.shape))
+        tail = stored[len(spec.shape) :]  # opaque dtypes have an axis of bytes more on disk
+        zeros = (0,) * len(tail)
+        return [(lo + zeros, hi + tail) for lo, hi in shard_boxes(target.sharding, target.shape)]
     return [((0,) * len(stored), stored)]
 
 
@@ -70,7 +72,7 @@ def place(target: Target, spec: LeafSpec, value: Any, destinations: Sequence[Des
     if target.kind == "bytes":
         return _whole(destinations, spec).tobytes()
     if target.kind == "str":
-        return _whole(destinations, spec).tobytes().decode("utf-8", "surrogatepass")
+        return decode_text(_whole(destinations, spec).tobytes())
     if target.kind == "value":
         assert target.python_type is not None
         return target.python_type(_whole(destinations, spec).reshape(())[()])
@@ -83,9 +85,10 @@ def place(target: Target, spec: LeafSpec, value: Any, destinations: Sequence[Des
 
 
 def _from_value(target: Target, value: Any) -> Any:
-    if target.kind == "value":
-        return value if target.python_type in (None, type(value)) else target.python_type(value)
-    array = np.asarray(value, target.dtype)
+    with np.errstate(all="ignore"):
+        if target.kind == "value":
+            return value if target.python_type in (None, type(value)) else target.python_type(value)
+        array = np.asarray(value, target.dtype)
     if target.kind == "numpy":
         return array
     return jax.device_put(array, target.sharding)
@@ -96,7 +99,7 @@ def _typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
     lo, hi = destination.box
     sizes = tuple(stop - start for start, stop in zip(lo, hi, strict=True))[: len(spec.shape)]
     if destination.buffer is None or destination.nbytes == 0:
-        return np.empty(sizes, spec.np_dtype)
+        return np.ndarray(sizes, spec.np_dtype)  # `empty` would give strings of no characters one
     return destination.buffer.view(spec.np_dtype).reshape(sizes)
 
 
@@ -108,21 +111,24 @@ def _whole(destinations: Sequence[Destination], spec: LeafSpec) -> np.ndarray[An
 def _numpy_leaf(target: Target, spec: LeafSpec, destinations: Sequence[Destination]) -> np.ndarray[Any, Any]:
     array = _whole(destinations, spec).reshape(target.shape)
     if target.dtype is not None and array.dtype != target.dtype:
-        array = array.astype(target.dtype)
+        array = _cast(array, target.dtype)
     return np.asfortranarray(array) if spec.order == "F" else array
 
 
 def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destination]) -> jax.Array:
     dtype = target.dtype or spec.np_dtype
     if target.sharding is None or target.shape != spec.shape:
-        whole = _whole(destinations, spec).reshape(target.shape).astype(dtype, copy=False)
+        whole = _cast(_whole(destinations, spec).reshape(target.shape), dtype)
         if target.sharding is None:
             return jax.device_put(whole)
         return jax.make_array_from_callback(
-            target.shape, target.sharding, lambda index: np.ascontiguousarray(whole[index])
+            target.shape, target.sharding, lambda index: np.asarray(whole[index], dtype, order="C")
         )
+    rank = len(spec.shape)
     arrays = {
-        destination.box: _typed(destination, spec).astype(dtype, copy=False) for destination in destinations
+        (lo[:rank], hi[:rank]): _cast(_typed(destination, spec), dtype)
+        for destination in destinations
+        for lo, hi in (destination.box,)
     }
     if len(arrays) == 1:
         (only,) = arrays.values()
@@ -130,6 +136,12 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
     return jax.make_array_from_callback(
         target.shape, target.sharding, lambda index: arrays[box_of(index, target.shape)]
     )
+
+
+def _cast(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """The array in another dtype; overflows were asked for."""
+    with np.errstate(all="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 def _with_weak_type(array: jax.Array) -> jax.Array:

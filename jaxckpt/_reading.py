@@ -7,16 +7,29 @@ looked into on a laptop.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
 
-from ._config import PIECE_BYTES, RestoreOptions
+from ._config import BLOCK_BYTES, PIECE_BYTES, RestoreOptions
 from ._dtypes import zarr_name
 from ._errors import CheckpointError, NotFoundError
 from ._keys import rebuild
-from ._manifest import MANIFEST_NAME, LeafSpec, Manifest, decode_value, parse_manifest
+from ._manifest import (
+    MANIFEST_BYTES_MAX,
+    MANIFEST_NAME,
+    LeafSpec,
+    Manifest,
+    decode_text,
+    decode_value,
+    parse_manifest,
+)
 from ._matching import logical_shape
 from ._resharding import Destination, ReadExecutor, plan_reads
 from ._shardings import Box
@@ -27,7 +40,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
     """Reads the manifest at a path or URL; see `jaxckpt.open`."""
     store = open_store(path)
     try:
-        data = store.read(MANIFEST_NAME)
+        data = store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(
             f"no committed checkpoint at {store.path!r}: there is no {MANIFEST_NAME}\n"
@@ -194,12 +207,12 @@ class StoredLeaf:
 
     def __getitem__(self, index: Any) -> Any:
         if self._spec.kind in ("array", "key", "numpy"):
-            box, local = _box_of_index(index, self._spec.shape)
-            return self.read_box(box)[local]
+            return self._read_index(index)
         value = self._read_value()
-        if index is Ellipsis or (isinstance(index, tuple) and not index):
+        is_whole: bool = index is Ellipsis or (isinstance(index, tuple) and not index)
+        if is_whole:
             return value
-        if not isinstance(value, (str, bytes)):
+        if type(value) not in (str, bytes):
             raise IndexError(f"{self.key!r} is a scalar; only [...] and [()] index it")
         return value[index]
 
@@ -208,18 +221,45 @@ class StoredLeaf:
         if self._spec.kind == "value":
             return decode_value(self.value_record)
         data = self.read_box(((0,), self._spec.shape)).tobytes()
-        return data if self._spec.kind == "bytes" else data.decode("utf-8", "surrogatepass")
+        return data if self._spec.kind == "bytes" else decode_text(data)
 
     def read_box(self, box: Box) -> np.ndarray[Any, Any]:
         """A box of the array (of the key data, for PRNG keys), verified."""
+        return self._read_boxes([box])[0]
+
+    def _read_boxes(self, boxes: Sequence[Box]) -> list[np.ndarray[Any, Any]]:
         spec = self._spec
         tail = spec.stored_shape[len(spec.shape) :]
-        stored_box = (box[0] + (0,) * len(tail), box[1] + tail)
-        (destination,) = self._checkpoint.read_boxes(self._leaf, [stored_box])
-        sizes = tuple(hi - lo for lo, hi in zip(*box, strict=True))
-        if destination.buffer is None or destination.nbytes == 0:
-            return np.empty(sizes, spec.np_dtype)
-        return destination.buffer.view(spec.np_dtype).reshape(sizes)
+        zeros = (0,) * len(tail)
+        destinations = self._checkpoint.read_boxes(self._leaf, [(lo + zeros, hi + tail) for lo, hi in boxes])
+        arrays = []
+        for destination, (lo, hi) in zip(destinations, boxes, strict=True):
+            sizes = tuple(stop - start for start, stop in zip(lo, hi, strict=True))
+            if destination.buffer is None or destination.nbytes == 0:
+                arrays.append(np.ndarray(sizes, spec.np_dtype))
+            else:
+                arrays.append(destination.buffer.view(spec.np_dtype).reshape(sizes))
+        return arrays
+
+    def _read_index(self, index: Any) -> Any:
+        """What basic indexing of the array gives; steps that pass over whole blocks do not read them."""
+        spec = self._spec
+        axes, squeeze = _parse_index(index, spec.shape)
+        runs_of_axes = []
+        for axis, places in enumerate(axes):
+            row_bytes = math.prod(spec.chunk_shape[axis + 1 :]) * spec.stored_itemsize
+            is_split = abs(places.step) > max(1, min(spec.chunk_shape[axis], BLOCK_BYTES // row_bytes))
+            runs_of_axes.append(_runs_of(places, is_split=is_split))
+        picks = list(itertools.product(*runs_of_axes))
+        boxes = [(tuple(run.lo for run in pick), tuple(run.hi for run in pick)) for pick in picks]
+        parts = self._read_boxes(boxes)
+        steps = [(*(slice(None, None, run.step) for run in pick), Ellipsis) for pick in picks]
+        if len(picks) == 1:
+            return parts[0][steps[0]][squeeze]
+        whole = np.empty(tuple(map(len, axes)), spec.np_dtype)
+        for pick, part, step in zip(picks, parts, steps, strict=True):
+            whole[tuple(run.out for run in pick)] = part[step]
+        return whole[squeeze]
 
     @property
     def spec(self) -> LeafSpec:
@@ -241,35 +281,61 @@ class StoredLeaf:
         return cut + b"".join(manifest.chunks.fingerprint(chunk) for chunk in range(int(first), int(last)))
 
 
-def _box_of_index(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[Any, ...]]:
-    """The box to read for basic indexing, and the index into what was read."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """Places along one axis that are read as one range.
+
+    Attributes:
+      lo, hi: The range.
+      step: Which of its places are wanted, beginning at the end when negative.
+      out: Where they go in the result.
+    """
+
+    lo: int
+    hi: int
+    step: int
+    out: slice
+
+
+def _runs_of(places: range, *, is_split: bool) -> list[_Run]:
+    """One run for all places, or one for each."""
+    if is_split:
+        return [_Run(place, place + 1, 1, slice(at, at + 1)) for at, place in enumerate(places)]
+    if not places:
+        return [_Run(0, 0, 1, slice(0, 0))]
+    lo, last = min(places[0], places[-1]), max(places[0], places[-1])
+    return [_Run(lo, last + 1, places.step, slice(0, len(places)))]
+
+
+def _parse_index(index: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[Any, ...]]:
+    """The places that basic indexing asks for along each axis, and the index that drops axes of integers."""
     parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
-    if sum(part is Ellipsis for part in parts) > 1:
+    at = [number for number, part in enumerate(parts) if part is Ellipsis]
+    if len(at) > 1:
         raise IndexError("only one ellipsis is allowed")
-    if Ellipsis not in parts:
-        parts = (*parts, Ellipsis)
-    at = parts.index(Ellipsis)
-    fill = len(shape) - (len(parts) - 1)
+    split = at[0] if at else len(parts)
+    before, after = parts[:split], parts[split + 1 :]
+    fill = len(shape) - len(before) - len(after)
     if fill < 0:
-        raise IndexError(f"{len(parts) - 1} indices for an array of rank {len(shape)}")
-    full = (*parts[:at], *(slice(None),) * fill, *parts[at + 1 :])
-    lo: list[int] = []
-    hi: list[int] = []
-    local: list[Any] = []
-    for part, size in zip(full, shape, strict=True):
+        raise IndexError(f"{len(before) + len(after)} indices for an array of rank {len(shape)}")
+    axes: list[range] = []
+    squeeze: list[Any] = []
+    for axis, part in enumerate((*before, *(slice(None),) * fill, *after)):
         if isinstance(part, slice):
-            places: range = range(size)[part]
-            first, last = (min(places[0], places[-1]), max(places[0], places[-1]) + 1) if places else (0, 0)
-            lo.append(first)
-            hi.append(last)
-            local.append(
-                slice(None) if abs(places.step) == 1 and places.step > 0 else slice(None, None, places.step)
-            )
-        elif hasattr(part, "__index__") and not isinstance(part, (bool, np.bool_)):
-            place = range(size)[part]
-            lo.append(place)
-            hi.append(place + 1)
-            local.append(0)
+            axes.append(range(shape[axis])[part])
+            squeeze.append(slice(None))
         else:
-            raise IndexError(f"only integers, slices and ... index a stored leaf, not {type(part).__name__}")
-    return (tuple(lo), tuple(hi)), tuple(local)
+            place = _integer(part)
+            if not -shape[axis] <= place < shape[axis]:
+                raise IndexError(f"index {place} is out of bounds for axis {axis} with size {shape[axis]}")
+            axes.append(range(shape[axis])[place : place + 1 or None])
+            squeeze.append(0)
+    # As in NumPy, an ellipsis makes the difference between an array without axes and a scalar.
+    return axes, (*squeeze, Ellipsis) if at else tuple(squeeze)
+
+
+def _integer(part: Any) -> int:
+    if not isinstance(part, (bool, np.bool_)):
+        with contextlib.suppress(TypeError):
+            return operator.index(part)
+    raise IndexError(f"only integers, slices and ... index a stored leaf, not {type(part).__name__}")

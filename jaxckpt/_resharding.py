@@ -312,13 +312,13 @@ class ReadExecutor:
         """Verifies metadata objects."""
         for entry in entries:
             try:
-                data = self._store.read(entry.name)
+                data = self._store.read(entry.name, entry.length)
             except OSError as error:
                 self._report(None, "missing", f"object {entry.name}: {_describe_os_error(error)}")
                 continue
             self._count(len(data))
             if len(data) != entry.length:
-                message = f"object {entry.name}: has {len(data)} bytes, was written with {entry.length}"
+                message = f"object {entry.name}: does not have the {entry.length} bytes that it was written with"
                 self._report(None, "length", message)
             elif xxhash.xxh3_128_digest(data) != entry.checksum:
                 self._report(None, "checksum", f"object {entry.name}: its checksum differs")

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from ._config import PIECE_BYTES, RestoreOptions, resolve_host_bytes_max
 from ._errors import MismatchError, Problem, list_problems
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
-from ._manifest import LeafSpec, Manifest, StoredObject
-from ._matching import Match, Rename, Select, match_leaves, rename_keys, select_keys
+from ._manifest import LeafSpec, Manifest, StoredObject, decode_value
+from ._matching import Match, Rename, Select, key_dtype, match_leaves, rename_keys, select_keys
 from ._placement import Target, boxes_of, place
 from ._reading import Checkpoint
 from ._resharding import ReadExecutor, plan_reads
-from ._shardings import fit_to_mesh, rebuild_sharding
+from ._shardings import fit_to_mesh, give_devices, rebuild_sharding
 from ._zarr import METADATA_NAME
 
 
@@ -57,7 +57,8 @@ class RestoreReport:
 def is_cast(checkpoint: Checkpoint, target: Target) -> bool:
     spec = checkpoint.manifest.spec(target.leaf)
     if spec.kind == "value":
-        return target.kind != "value"
+        value = decode_value(checkpoint.manifest.values[target.leaf])
+        return target.kind != "value" or target.python_type not in (None, type(value))
     return target.kind == "value" or (target.dtype is not None and target.dtype != spec.np_dtype)
 
 
@@ -84,10 +85,10 @@ def match_tree(
 ) -> WantedTree:
     manifest = checkpoint.manifest
     is_selected = select_keys(manifest.keys, select)
-    renamed = rename_keys(manifest.keys, rename)
+    renamed = rename_keys(manifest.keys, is_selected, rename)
     selected = {key: leaf for leaf, key in enumerate(renamed) if is_selected[leaf]}
     if like is None:
-        return _whole_tree(manifest, renamed, selected, is_nested=rename is not None)
+        return _whole_tree(manifest, selected, is_nested=rename is not None)
     flat = flatten(like)
     matches = match_leaves(
         manifest,
@@ -106,11 +107,12 @@ def match_tree(
     return WantedTree(flat.keys, matches, flat.unflatten, ignored)
 
 
-def _whole_tree(
-    manifest: Manifest, renamed: list[str], selected: dict[str, int], *, is_nested: bool
-) -> WantedTree:
+def _whole_tree(manifest: Manifest, selected: dict[str, int], *, is_nested: bool) -> WantedTree:
     """All selected leaves, in the saved structure, or in nested dicts when keys were renamed."""
-    ignored = tuple(key for leaf, key in enumerate(manifest.keys) if renamed[leaf] not in selected)
+    taken = set(selected.values())
+    ignored = tuple(key for leaf, key in enumerate(manifest.keys) if leaf not in taken)
+    if is_nested:
+        nested_dicts(list(selected), list(selected))  # raises now rather than after everything was read
 
     def unflatten(leaves: Sequence[Any]) -> Any:
         if is_nested:
@@ -130,15 +132,24 @@ def choose_targets(
     rule = _sharding_rule(wanted, sharding)
     targets: dict[int, Target] = {}
     problems: list[Problem] = []
+    misfits: list[Problem] = []
     for number, match in enumerate(wanted.matches):
         if match.leaf is None:
             continue
         key = wanted.keys[number]
         target = _choose_target(checkpoint.manifest, key, number, match, mesh, rule)
         targets[number] = target
+        if target.sharding is not None:
+            misfits.extend(_sharding_problems(key, _logical_shape(target), target.sharding))
         if target.kind == "array" and target.dtype is not None and not _jax_has(target.dtype):
             message = f"dtype {target.dtype} on disk, which JAX has only with jax_enable_x64"
             problems.append(Problem(key, "dtype", message))
+    if misfits:
+        headline = (
+            f"cannot restore {checkpoint.path!r}: the shardings asked for do not fit {len(misfits)} leaves"
+        )
+        advice = ["mesh= takes the saved partition specs, and drops the axes that do not divide"]
+        raise MismatchError(list_problems(headline, misfits, advice), misfits)
     if problems:
         headline = f"cannot restore {checkpoint.path!r}: {len(problems)} leaves need 64-bit types"
         advice = ['jax.config.update("jax_enable_x64", True), or give `like` with other dtypes and cast=True']
@@ -164,6 +175,8 @@ def _choose_target(
     kind, shape, dtype, python_type = _wanted_form(spec, like)
     if kind not in ("array", "key"):
         return Target(match.leaf, kind, shape=shape, dtype=dtype, python_type=python_type)
+    if kind == "key":
+        key_dtype(key, spec)  # raises when there are no such keys
     logical = shape[:-1] if kind == "key" else shape
     chosen: Sharding | None
     descriptor = manifest.sharding_of(spec)
@@ -180,8 +193,17 @@ def _choose_target(
         chosen = rebuild_sharding(descriptor, logical)
     else:
         chosen = None
-    _check_divides(key, logical, chosen)
-    return Target(match.leaf, kind, chosen, shape, dtype, weak_type=spec.weak_type)
+    if isinstance(chosen, Sharding):
+        chosen = give_devices(chosen, descriptor, logical)
+    # A dtype that was asked for is as weak as it was there.
+    is_same = spec.kind != "value" and dtype == spec.np_dtype
+    weak_type = spec.weak_type if is_same else getattr(like, "weak_type", False)
+    return Target(match.leaf, kind, chosen, shape, dtype, weak_type=bool(weak_type))
+
+
+def _logical_shape(target: Target) -> tuple[int, ...]:
+    """Shape as users see it: key data has axes more than the keys."""
+    return target.shape[:-1] if target.kind == "key" else target.shape
 
 
 def _wanted_form(spec: LeafSpec, like: Any) -> tuple[str, tuple[int, ...], np.dtype[Any] | None, type | None]:
@@ -199,15 +221,20 @@ def _wanted_form(spec: LeafSpec, like: Any) -> tuple[str, tuple[int, ...], np.dt
     return "value", (), None, type(like)
 
 
-def _check_divides(key: str, shape: tuple[int, ...], sharding: Sharding | None) -> None:
-    """Raises when a sharding that the caller gave does not fit the shape."""
-    if sharding is None:
-        return
+def _sharding_problems(key: str, shape: tuple[int, ...], sharding: Any) -> list[Problem]:
+    """What is wrong with a sharding that the caller gave."""
+    if not isinstance(sharding, Sharding):
+        message = f"{sharding!r} is a {type(sharding).__name__}, not a jax.sharding.Sharding"
+        return [Problem(key, "sharding", message)]
+    # A spec that is longer than the shape makes `shard_shape` fail in ways of its own, or not at all.
+    is_too_long = isinstance(sharding, NamedSharding) and len(sharding.spec.partitions) > len(shape)
     try:
-        sharding.shard_shape(shape)
-    except ValueError as error:
-        problem = Problem(key, "sharding", f"shape {shape} cannot be sharded as {sharding}")
-        raise MismatchError(list_problems("the given sharding does not fit", [problem]), [problem]) from error
+        if not is_too_long:
+            sharding.shard_shape(shape)
+            return []
+    except ValueError:
+        pass
+    return [Problem(key, "sharding", f"shape {shape} cannot be sharded as {sharding}")]
 
 
 def _sharding_rule(
@@ -218,7 +245,8 @@ def _sharding_rule(
         return None
     if isinstance(sharding, Sharding):
         return lambda _number, _key, _struct: sharding
-    if callable(sharding):
+    # A tree can be callable too: a model with shardings in the place of its arrays.
+    if callable(sharding) and jax.tree_util.all_leaves([sharding]):
         function: Callable[[str, jax.ShapeDtypeStruct], Any] = sharding
         return lambda _number, key, struct: function(key, struct)
     skeleton = wanted.unflatten([_StandIn(number) for number in range(len(wanted.keys))])
@@ -230,10 +258,15 @@ def _sharding_rule(
                 by_number[stand_in.number] = given
 
     try:
-        jax.tree_util.tree_map(note, sharding, skeleton, is_leaf=lambda node: isinstance(node, Sharding))
+        jax.tree_util.tree_map(note, sharding, skeleton, is_leaf=_is_prefix_leaf)
     except ValueError as error:
         raise MismatchError(f"sharding= is not a prefix of the restored tree: {error}") from error
     return lambda number, _key, _struct: by_number.get(number)
+
+
+def _is_prefix_leaf(node: Any) -> bool:
+    """None in a prefix tree expresses no wish for what is below."""
+    return node is None or isinstance(node, Sharding)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -271,12 +304,23 @@ def restore_targets(
             target = targets[number]
             mine = [next(filled) for _ in boxes[number]]
             value = manifest.values.get(target.leaf)
-            results[number] = place(target, manifest.spec(target.leaf), value, mine)
+            try:
+                results[number] = place(target, manifest.spec(target.leaf), value, mine)
+            except (OverflowError, ValueError) as error:
+                if target.kind != "value":
+                    raise
+                _raise_unfit(doing, manifest.keys[target.leaf], target, error)
             for destination in mine:
                 destination.buffer = None  # what placing did not take over may go
         _wait_for_transfers([results[number] for number in wave])
     checkpoint.count_read(executor.bytes_read)
     return results
+
+
+def _raise_unfit(doing: str, key: str, target: Target, error: Exception) -> NoReturn:
+    """An array's number that a Python type cannot hold is found only when it was read."""
+    problem = Problem(key, "kind", f"does not fit {target.python_type} in `like`: {error}")
+    raise MismatchError(list_problems(f"cannot {doing}", [problem]), [problem]) from error
 
 
 def _waves(manifest: Manifest, targets: dict[int, Target], host_bytes_max: int) -> list[list[int]]:

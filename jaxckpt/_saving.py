@@ -43,8 +43,8 @@ from ._zarr import METADATA_NAME, array_metadata, group_metadata, leaf_directory
 
 _log = logging.getLogger("jaxckpt")
 
-# Blocking saves hand over views; only packs pass through buffers, and more of them would not make anything faster.
-_DIRECT_BYTES_MAX = 64 << 20
+# What a blocking save from host memory passes through: enough to keep the writers busy, no more.
+_BLOCKING_BYTES_MAX = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,10 +96,13 @@ class SaveJob:
             number: leaf.value for number, leaf in enumerate(leaves) if leaf.template.extent is None
         }
 
+        self.store = open_store(path)
         host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
         staging = choose_staging(leaves, options.staging)
         if is_blocking and staging == "pool":
-            staging, host_bytes_max = "direct", min(host_bytes_max, _DIRECT_BYTES_MAX)
+            host_bytes_max = min(host_bytes_max, _BLOCKING_BYTES_MAX)
+            if not self.store.wants_aligned_memory:
+                staging = "direct"
         piece_bytes = piece_bytes_for(host_bytes_max)
         self._plan = _plan_for(
             tuple(template.extent for template in self._templates),
@@ -107,7 +110,6 @@ class SaveJob:
             options.pack_bytes_max,
             piece_bytes,
         )
-        self.store = open_store(path)
         self.meter = ProgressMeter(sum(piece.length for piece in self._plan.pieces), "snapshot")
         self._directories = _directories_for(
             self._flat.keys, self._templates, self._plan, options.pack_bytes_max
@@ -151,7 +153,7 @@ class SaveJob:
         try:
             self._snapshot.stage(self._writer.submit)
         except BaseException as error:
-            self._stage_failure = error
+            self._stage_failure = self._stage_failure or error
             raise
         finally:
             self._staged_s = time.perf_counter() - self._began_s
@@ -174,7 +176,7 @@ class SaveJob:
             manifest_bytes = self._attempt.commit(self._manifest(objects))
         except BaseException as error:
             self._clean_up(error)
-            self._raise(self._writer.failure or error)
+            self._raise(self._writer.failure or error, is_committed=self._attempt.is_committed())
         self.meter.enter("done")
         seconds = time.perf_counter() - self._began_s
         info = CheckpointInfo(
@@ -214,10 +216,10 @@ class SaveJob:
         self._writer.abandon(error)
         self._attempt.abandon()
 
-    def _raise(self, error: BaseException) -> NoReturn:
+    def _raise(self, error: BaseException, *, is_committed: bool = False) -> NoReturn:
         """Raises a failure in the words of this library."""
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            raise _write_error(self.store, error) from error
+            raise _write_error(self.store, error, is_committed) from error
         raise error
 
     def _object_names(self) -> list[str]:
@@ -405,13 +407,17 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _write_error(store: Store, error: OSError) -> WriteError:
+def _write_error(store: Store, error: OSError, is_committed: bool) -> WriteError:
     reason = error.strerror or str(error)
     place = f" ({error.filename})" if error.filename else ""
     name = errno.errorcode.get(error.errno or 0, "")
+    state = (
+        "the new checkpoint is in place and whole, but may be lost if the machine fails now"
+        if is_committed
+        else "nothing was committed; a checkpoint that was there before is still whole"
+    )
     message = (
         f"cannot save {store.path!r}: storage refused a write: {reason} {name}{place}\n"
-        "nothing was committed; a checkpoint that was there before is still whole\n"
-        "make room or mend the storage, then save again"
+        f"{state}\nmake room or mend the storage, then save again"
     )
     return WriteError(message, error.errno)

@@ -18,7 +18,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 _log = logging.getLogger("jaxckpt")
 
@@ -35,18 +43,30 @@ def describe_sharding(sharding: Sharding) -> dict[str, Any]:
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         mesh = sharding.mesh
         if all(isinstance(name, str) for name in mesh.axis_names):
-            return {
-                "type": "named",
-                "axes": [[name, int(size)] for name, size in mesh.shape.items()],
-                "axis_types": [axis_type.name for axis_type in mesh.axis_types],
-                "spec": [_describe_dimension(entry) for entry in sharding.spec],
-                "memory_kind": _special_memory_kind(sharding),
-                "device_ids": [int(device.id) for device in mesh.devices.flat],
-            }
+            return _describe_named(
+                sharding, _special_memory_kind(sharding), [int(device.id) for device in mesh.devices.flat]
+            )
     if isinstance(sharding, SingleDeviceSharding):
         (device,) = sharding.device_set
         return {"type": "single", "device_id": int(device.id), "memory_kind": _special_memory_kind(sharding)}
     return {"type": "opaque", "text": repr(sharding)[:500], "memory_kind": _special_memory_kind(sharding)}
+
+
+def _describe_named(
+    sharding: NamedSharding, memory_kind: str | None, device_ids: list[int] | None
+) -> dict[str, Any]:
+    mesh, spec = sharding.mesh, sharding.spec
+    descriptor: dict[str, Any] = {
+        "type": "named",
+        "axes": [[name, int(size)] for name, size in mesh.shape.items()],
+        "axis_types": [axis_type.name for axis_type in mesh.axis_types],
+        "spec": [_describe_dimension(entry) for entry in spec.partitions],
+        "memory_kind": memory_kind,
+        "device_ids": device_ids,
+    }
+    if spec.reduced:
+        descriptor["reduced"] = sorted(spec.reduced)
+    return descriptor
 
 
 def format_sharding(descriptor: dict[str, Any] | None) -> str:
@@ -59,6 +79,8 @@ def format_sharding(descriptor: dict[str, Any] | None) -> str:
         for entry in descriptor["spec"]:
             names = [repr(name) for name in entry] if isinstance(entry, list) else [str(entry)]
             dimensions.append(names[0] if len(names) == 1 else f"({', '.join(names)})")
+        if descriptor.get("reduced"):
+            dimensions.append(f"reduced={{{', '.join(map(repr, descriptor['reduced']))}}}")
         axes = ",".join(f"{name}={size}" for name, size in descriptor["axes"])
         return f"P({', '.join(dimensions)}) on {axes}{suffix}"
     if descriptor["type"] == "single":
@@ -79,7 +101,7 @@ def rebuild_sharding(descriptor: dict[str, Any], shape: tuple[int, ...]) -> Shar
         return _with_memory_kind(
             SingleDeviceSharding((same or [default_device()])[0]), descriptor["memory_kind"]
         )
-    if len(devices) == 1:
+    if len(devices) == 1 and math.prod(size for _, size in descriptor["axes"]) > 1:
         return _with_memory_kind(SingleDeviceSharding(devices[0]), descriptor["memory_kind"])
     mesh = _rebuild_mesh(
         tuple((name, size) for name, size in descriptor["axes"]),
@@ -87,7 +109,29 @@ def rebuild_sharding(descriptor: dict[str, Any], shape: tuple[int, ...]) -> Shar
         tuple(descriptor["device_ids"] or ()),
         tuple(devices),
     )
-    return _with_memory_kind(_fit(descriptor["spec"], mesh, shape), descriptor["memory_kind"])
+    return _with_memory_kind(_fit(descriptor, mesh, shape), descriptor["memory_kind"])
+
+
+def give_devices(sharding: Sharding, saved: dict[str, Any] | None, shape: tuple[int, ...]) -> Sharding:
+    """The sharding itself, or for one on an abstract mesh, which has no devices, the same on real ones.
+
+    `jax.eval_shape` gives such shardings where axes are explicit. The devices are those of the mesh that is set
+    (`jax.set_mesh`) if it is this one, else those that held the saved array on equal axes, else the first ones.
+
+    Args:
+      sharding: Any sharding.
+      saved: Descriptor of the saved sharding, or None.
+      shape: Shape of the array.
+    """
+    if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)):
+        return sharding
+    mesh = jax.sharding.get_mesh()
+    if mesh.abstract_mesh == sharding.mesh:
+        return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+    descriptor = _describe_named(sharding, sharding.memory_kind, None)
+    if saved is not None and saved.get("axes") == descriptor["axes"]:
+        descriptor["device_ids"] = saved["device_ids"]
+    return rebuild_sharding(descriptor, shape)
 
 
 def fit_to_mesh(descriptor: dict[str, Any] | None, mesh: Mesh, shape: tuple[int, ...], key: str) -> Sharding:
@@ -99,11 +143,13 @@ def fit_to_mesh(descriptor: dict[str, Any] | None, mesh: Mesh, shape: tuple[int,
       shape: Shape of the array.
       key: Key of the leaf, for the log.
     """
-    if descriptor is None or descriptor["type"] != "named":
+    if descriptor is None:
         return NamedSharding(mesh, PartitionSpec())
-    sharding = _fit(descriptor["spec"], mesh, shape)
+    if descriptor["type"] != "named":
+        return _with_memory_kind(NamedSharding(mesh, PartitionSpec()), descriptor["memory_kind"])
+    sharding = _fit(descriptor, mesh, shape)
     wanted = [_known_axes(entry, mesh) for entry in descriptor["spec"]]
-    got = [_axes_of(entry) for entry in sharding.spec]
+    got = [_axes_of(entry) for entry in sharding.spec.partitions]
     got += [[]] * (len(wanted) - len(got))
     if wanted != got:
         _log.info("%s: shape %s does not divide over %s; sharded as %s", key, shape, wanted, sharding.spec)
@@ -177,7 +223,9 @@ def _rebuild_mesh(
     if sizes != [size for _, size in axes]:
         _log.info("the saved mesh %s does not fit %d devices; using %s", dict(axes), len(devices), sizes)
     grid = np.array(chosen, dtype=object).reshape(sizes)
-    return Mesh(grid, names, axis_types=tuple(AxisType[kind] for kind in axis_types))
+    # Axes are manual inside of `jax.shard_map` only, where arrays have no sharding that could be given to others.
+    kinds = ["Auto" if kind == "Manual" else kind for kind in axis_types]
+    return Mesh(grid, names, axis_types=tuple(AxisType[kind] for kind in kinds))
 
 
 def shrink_axes(sizes: list[int], device_count: int) -> list[int]:
@@ -191,10 +239,10 @@ def shrink_axes(sizes: list[int], device_count: int) -> list[int]:
     return shrunk
 
 
-def _fit(spec: list[Any], mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+def _fit(descriptor: dict[str, Any], mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """The spec on the mesh, each dimension with as many of its axes, from the left, as divide it."""
     entries: list[Any] = []
-    for entry, size in zip(spec, shape, strict=False):
+    for entry, size in zip(descriptor["spec"], shape, strict=False):
         axes = _known_axes(entry, mesh)
         while axes and size % math.prod(mesh.shape[name] for name in axes):
             axes.pop()
@@ -202,7 +250,9 @@ def _fit(spec: list[Any], mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
             entries.append(None)
         else:
             entries.append(axes[0] if len(axes) == 1 else tuple(axes))
-    return NamedSharding(mesh, PartitionSpec(*entries))
+    axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    reduced = {name for name in descriptor.get("reduced", ()) if axis_types.get(name) is AxisType.Explicit}
+    return NamedSharding(mesh, PartitionSpec(*entries, reduced=reduced))
 
 
 def _known_axes(entry: Any, mesh: Mesh) -> list[str]:

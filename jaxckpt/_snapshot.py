@@ -16,8 +16,10 @@ What we do.
   The caller waits for nothing. What we later read on the host are these disposable copies.
 * ``pool`` (CPU, where the values are in host memory already): wait for the values and copy them, piece by piece, into
   buffers that are reused from save to save, since memory touched for the first time costs five times its copy.
-* ``direct`` (a blocking `save` on CPU): nothing is copied, since the caller waits until everything is written. Views
-  are held meanwhile, so that a thread that donates the arrays anyway cannot disturb the save.
+* ``direct`` (a blocking `save` on CPU to storage that takes any memory): nothing is copied, since the caller waits
+  until everything is written. Views are held meanwhile, so that a thread that donates the arrays anyway cannot disturb
+  the save. Where storage wants aligned memory (O_DIRECT), a blocking save goes through a small pool instead: a copy
+  that stays in the processor's cache costs less than the copy into the page cache that it avoids.
 
 Memory. `HostMemory` counts every byte of staging of the process against ``host_bytes_max``. When there is no room,
 the caller of `save_async` waits until the writer has released some. A shard that is larger than the room is sliced
@@ -30,20 +32,22 @@ overwritten, and no reference to a leaf is kept. Deliberately not here: any know
 from __future__ import annotations
 
 import abc
+import bisect
+import contextlib
 import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, ClassVar, final
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from ._config import PIECE_BYTES
 from ._dtypes import is_sub_byte
-from ._layout import Piece, Segment, WritePlan, flat_boxes
+from ._layout import Piece, Run, Segment, WritePlan, contiguous_runs, flat_boxes, whole_run
 from ._leaves import Leaf
 from ._shardings import Device
 from ._store import Buffer, allocate_aligned
@@ -78,9 +82,15 @@ class HostMemory:
         """A buffer for one piece, which stays reserved until `return_buffer`."""
         self.reserve(nbytes, bytes_max)
         with self._changed:
+            # An earlier save may have had a higher cap: what it left counts against this one's.
+            del self._idle[max(bytes_max - self._bytes_in_use, 0) // PIECE_BYTES + 1 :]
             if self._idle:
                 return self._idle.pop()
-        return allocate_aligned(PIECE_BYTES)
+        try:
+            return allocate_aligned(PIECE_BYTES)
+        except BaseException:
+            self.release(nbytes)
+            raise
 
     def return_buffer(self, buffer: Buffer, nbytes: int) -> None:
         """Gives a buffer of `take_buffer` back."""
@@ -159,9 +169,9 @@ class PoolSnapshot(Snapshot):
 
     def stage(self, submit: Submit) -> None:
         reader = _HostReader(self._leaves)
+        self._leaves = ()
         for piece in self._plan.pieces:
             self._copy_piece(piece, reader.copy_to, submit)
-        self._leaves = ()
 
     def drain(self, submit: Submit) -> None:
         """Nothing is left to do."""
@@ -173,6 +183,7 @@ class DirectSnapshot(Snapshot):
 
     def stage(self, submit: Submit) -> None:
         reader = _HostReader(self._leaves)
+        self._leaves = ()
         for piece in self._plan.pieces:
             segment = piece.segments[0]
             if (
@@ -183,7 +194,6 @@ class DirectSnapshot(Snapshot):
                 submit(piece, reader.read(segment), _nothing)
             else:
                 self._copy_piece(piece, reader.copy_to, submit)
-        self._leaves = ()
 
     def drain(self, submit: Submit) -> None:
         """Nothing is left to do."""
@@ -195,16 +205,33 @@ def _nothing() -> None:
 
 @final
 class _HostReader:
-    """Byte ranges of shards that are in host memory, without leaving anything cached on the arrays."""
+    """Byte ranges of shards in host memory, without leaving anything cached on the arrays.
+
+    A shard that NumPy can view is read from the view. Where the host form differs (elements of less than a byte,
+    devices with memory of their own) it is converted window by window, so that a large one never is in memory twice.
+    """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self._leaves = leaves
         self._shard: tuple[int, int] | None = None
+        self._data: Any = None
+        self._windows: list[Run] = []
+        # What is converted now: bytes `[lo, hi)` of the shard.
+        self._window: Run | None = None
         self._array: np.ndarray[Any, Any] = np.empty(0, np.uint8)
 
     def read(self, segment: Segment) -> Buffer:
         """The bytes of a segment: a view where the shard is contiguous, else a copy."""
-        return _byte_range(self._view(segment), segment.lo, segment.hi)
+        if isinstance(self._open(segment), np.ndarray):
+            return _byte_range(self._data, segment.lo, segment.hi)
+        parts: list[Buffer] = []
+        at = segment.lo
+        while at < segment.hi:
+            window = self._convert(at)
+            end = min(segment.hi, window.hi)
+            parts.append(_byte_range(self._array, at - window.lo, end - window.lo))
+            at = end
+        return np.concatenate(parts)
 
     def copy_to(self, segment: Segment, out: Buffer) -> None:
         """Copies the bytes of a segment."""
@@ -212,28 +239,41 @@ class _HostReader:
 
     def is_view(self, segment: Segment) -> bool:
         """Whether `read` gives a view."""
-        return bool(self._view(segment).flags.c_contiguous)
+        data = self._open(segment)
+        return isinstance(data, np.ndarray) and bool(data.flags.c_contiguous)
 
-    def _view(self, segment: Segment) -> np.ndarray[Any, Any]:
+    def _open(self, segment: Segment) -> Any:
+        """The shard: a NumPy array, or a `jax.Array` that must be converted."""
         shard = (segment.leaf, segment.shard)
         if self._shard != shard:  # consecutive segments mostly belong to one shard
-            self._array = host_view(self._leaves[segment.leaf].data, segment.shard)
+            self._data = _host_view(self._leaves[segment.leaf].data, segment.shard)
             self._shard = shard
-        return self._array
+            self._window = None
+            if not isinstance(self._data, np.ndarray):
+                itemsize = np.dtype(self._data.dtype).itemsize
+                self._windows = list(contiguous_runs(self._data.shape, itemsize, PIECE_BYTES))
+        return self._data
+
+    def _convert(self, at: int) -> Run:
+        """Converts the window that holds a byte of the shard."""
+        if self._window is None or not self._window.lo <= at < self._window.hi:
+            number = bisect.bisect_right(self._windows, at, key=lambda run: run.lo) - 1
+            self._window = self._windows[number]
+            self._array = np.asarray(_cut(self._data, self._window))
+        return self._window
 
 
-def host_view(data: Any, shard: int) -> np.ndarray[Any, Any]:
-    """A NumPy array of one shard; waits until it is computed.
+def _host_view(data: Any, shard: int) -> Any:
+    """One shard as a NumPy array that views its memory; waits until it is computed.
 
-    On CPU it is a view, which is not cached on the array. Where the host form differs (elements of less than a byte,
-    other backends) the conversion would be cached, so it is made from a second handle to the same buffer.
+    Where there is no such view, a second handle to the shard: converting the array itself would cache the result on it.
     """
     if isinstance(data, np.ndarray):
         return data
     array = data.addressable_data(shard)
     (device,) = array.devices()
     if device.platform != "cpu" or is_sub_byte(array.dtype):
-        array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
     return np.asarray(array)
 
 
@@ -243,13 +283,12 @@ def _byte_range(array: np.ndarray[Any, Any], lo: int, hi: int) -> Buffer:
     # Fortran order, strides: gather just the range, so that a large leaf is never copied whole.
     itemsize = array.dtype.itemsize
     first, last = lo // itemsize, -(-hi // itemsize)
-    parts = [
-        np.ascontiguousarray(array[tuple(slice(a, b) for a, b in zip(box_lo, box_hi, strict=True))]).reshape(
-            -1
-        )
+    boxes = [
+        array[tuple(slice(a, b) for a, b in zip(box_lo, box_hi, strict=True))]
         for box_lo, box_hi in flat_boxes(first, last, array.shape)
     ]
-    gathered = np.concatenate(parts).view(np.uint8)
+    # Joined as bytes: joining elements would bring them to the byte order of this machine.
+    gathered = np.concatenate([np.ascontiguousarray(box).reshape(-1).view(np.uint8) for box in boxes])
     return gathered[lo - first * itemsize : hi - first * itemsize]
 
 
@@ -272,8 +311,13 @@ class PinnedSnapshot(Snapshot):
 
     The caller's thread appends parts of shards in the order of the plan, the background thread consumes them in the
     same order and gives back each part's memory as soon as its last byte is written or copied on. Neither ever
-    waits for memory while it holds something that the other one needs.
+    waits for memory while it holds something that the other one needs. So that this holds for several saves too,
+    they stage one after the other, and are drained in the same order.
     """
+
+    _staging = threading.Lock()
+    _line_changed = threading.Condition()
+    _line: ClassVar[list[PinnedSnapshot]] = []
 
     def __init__(self, leaves: Sequence[Leaf], plan: WritePlan, bytes_max: int, piece_bytes: int) -> None:
         # Half of the memory is for pinned copies, the other half for buffers in which packs are assembled.
@@ -285,7 +329,11 @@ class PinnedSnapshot(Snapshot):
 
     def stage(self, submit: Submit) -> None:
         try:
-            self._stage()
+            with self._staging:
+                with self._line_changed:
+                    self._line.append(self)
+                    self._line_changed.notify_all()
+                self._stage()
         except BaseException:
             self.give_up()
             raise
@@ -293,6 +341,22 @@ class PinnedSnapshot(Snapshot):
             self._leaves = ()
 
     def drain(self, submit: Submit) -> None:
+        try:
+            self._wait_in_line()
+            self._drain(submit)
+        finally:
+            with self._line_changed:
+                if self in self._line:
+                    self._line.remove(self)
+                self._line_changed.notify_all()
+
+    def _wait_in_line(self) -> None:
+        """Waits until this save is staged, or being staged, and all before it are drained."""
+        with self._line_changed:
+            while not self._has_failed and self._line[:1] != [self]:
+                self._line_changed.wait()
+
+    def _drain(self, submit: Submit) -> None:
         for piece in self._plan.pieces:
             segment = piece.segments[0]
             shard = (segment.leaf, segment.shard)
@@ -311,22 +375,27 @@ class PinnedSnapshot(Snapshot):
             parts = [part for parts in self._parts.values() for part in parts]
             self._parts.clear()
             self._changed.notify_all()
+        with self._line_changed:
+            self._line_changed.notify_all()
         PINNED_MEMORY.release(sum(part.hi - part.lo for part in parts))
 
     def _stage(self) -> None:
-        group: list[tuple[tuple[int, int], Any]] = []
+        group: list[tuple[tuple[int, int], Any, Run]] = []
         group_bytes = 0
         for shard in self._plan.segments_of_shard:
             array = self._shard_array(shard)
-            nbytes = _host_bytes(array)
+            itemsize = np.dtype(array.dtype).itemsize
+            nbytes = math.prod(array.shape) * itemsize
             if group_bytes + nbytes > self._pinned_bytes_max:
                 self._transfer(group)
                 group, group_bytes = [], 0
-            if nbytes > self._pinned_bytes_max:
-                self._transfer_sliced(shard, array)
-            else:
-                group.append((shard, array))
+            if nbytes <= self._pinned_bytes_max:
+                group.append((shard, array, whole_run(array.shape, itemsize)))
                 group_bytes += nbytes
+                continue
+            # Two parts of a shard fit, so that one is written while the other is on its way.
+            for run in contiguous_runs(array.shape, itemsize, self._pinned_bytes_max // 2):
+                self._transfer([(shard, array, run)])
         self._transfer(group)
 
     def _shard_array(self, shard: tuple[int, int]) -> Any:
@@ -334,36 +403,33 @@ class PinnedSnapshot(Snapshot):
         data = self._leaves[leaf].data
         return data if isinstance(data, np.ndarray) else data.addressable_data(number)  # type: ignore[union-attr]
 
-    def _transfer(self, group: list[tuple[tuple[int, int], Any]]) -> None:
-        """Copies whole shards with one batched transfer."""
+    def _transfer(self, group: list[tuple[tuple[int, int], Any, Run]]) -> None:
+        """Copies parts of shards with one batched transfer."""
         if not group:
             return
-        PINNED_MEMORY.reserve(sum(_host_bytes(array) for _, array in group), self._pinned_bytes_max)
-        copies = _copies_on_host([array for _, array in group])
-        for (shard, array), copy in zip(group, copies, strict=True):
-            self._add_part(shard, 0, _host_bytes(array), copy)
-        with self._changed:
-            self._changed.notify_all()
-
-    def _transfer_sliced(self, shard: tuple[int, int], array: Any) -> None:
-        """Copies a shard that is larger than the memory for it, slice by slice along its rows."""
-        row_bytes = _host_bytes(array) // array.shape[0]
-        # Two slices fit, so that one is written while the other is on its way.
-        rows = max(1, self._pinned_bytes_max // 2 // row_bytes)
-        for first in range(0, array.shape[0], rows):
-            count = min(rows, array.shape[0] - first)
-            PINNED_MEMORY.reserve(count * row_bytes, self._pinned_bytes_max)
-            copy = _copies_on_host([_slice_rows(array, first, count)])[0]
-            self._add_part(shard, first * row_bytes, (first + count) * row_bytes, copy)
+        with self._room_for(sum(run.hi - run.lo for _, _, run in group)):
+            copies = _copies_on_host([_cut(array, run) for _, array, run in group])
             with self._changed:
+                self._check_wanted()
+                for (shard, _, run), copy in zip(group, copies, strict=True):
+                    part = _PinnedPart(run.lo, run.hi, copy, run.hi - run.lo)
+                    self._parts.setdefault(shard, []).append(part)
                 self._changed.notify_all()
 
-    def _add_part(self, shard: tuple[int, int], lo: int, hi: int, copy: Any) -> None:
-        with self._changed:
-            if self._has_failed:
-                PINNED_MEMORY.release(hi - lo)
-                return
-            self._parts.setdefault(shard, []).append(_PinnedPart(lo, hi, copy, hi - lo))
+    @contextlib.contextmanager
+    def _room_for(self, nbytes: int) -> Generator[None]:
+        """Waits for memory for copies. They keep it until their last byte is written; a failure gives it back."""
+        PINNED_MEMORY.reserve(nbytes, self._pinned_bytes_max)
+        try:
+            self._check_wanted()
+            yield
+        except BaseException:
+            PINNED_MEMORY.release(nbytes)
+            raise
+
+    def _check_wanted(self) -> None:
+        if self._has_failed:
+            raise RuntimeError("the snapshot was given up")
 
     def _wait_for(self, shard: tuple[int, int], at: int) -> _PinnedPart:
         """The part that holds a byte of a shard, once it is there."""
@@ -401,11 +467,6 @@ class PinnedSnapshot(Snapshot):
         PINNED_MEMORY.release(part.hi - part.lo)
 
 
-def _host_bytes(array: Any) -> int:
-    """Bytes of an array on the host, where every element has whole bytes."""
-    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
-
-
 def _copies_on_host(arrays: list[Any]) -> list[Any]:
     """Disposable copies of shards in pinned host memory (one batched transfer), and of NumPy arrays."""
     shards = [array for array in arrays if not isinstance(array, np.ndarray)]
@@ -421,34 +482,41 @@ def _pinned_sharding(device: Device) -> SingleDeviceSharding | None:
     return SingleDeviceSharding(device, memory_kind="pinned_host")
 
 
-def _slice_rows(array: Any, first: int, count: int) -> Any:
-    """Rows of a shard, cut on its device.
-
-    In a thread of its own: a mesh that the caller has set (`jax.set_mesh`) belongs to the caller's thread, and jitted
-    code under it refuses arrays of single devices.
-    """
+def _cut(array: Any, run: Run) -> Any:
+    """A part of a shard: of a NumPy array a view, else a copy on its device, unless it is the whole."""
+    lo, hi = run.box
+    sizes = tuple(stop - start for start, stop in zip(lo, hi, strict=True))
+    if sizes == array.shape:
+        return array
     if isinstance(array, np.ndarray):
-        return array[first : first + count]
-    result: list[Any] = []
-    failure: list[BaseException] = []
+        return array[tuple(map(slice, lo, hi))]
+    (device,) = array.devices()
+    # The caller's settings are not ours: code under a mesh (`jax.set_mesh`) refuses arrays of single devices, a guard
+    # refuses the place to cut at, and a check for NaN or infinity would wait for the values and refuse them.
+    with (
+        jax.set_mesh(_mesh_of(device)),
+        jax.transfer_guard("allow"),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        if max(array.shape) > np.iinfo(np.int32).max:  # positions on the device are int32
+            return _slice(array, lo, hi)
+        return _dynamic_slice(array, lo, sizes)
 
-    def cut() -> None:
-        try:
-            result.append(_jitted_slice(array, first, count))
-        except BaseException as error:
-            failure.append(error)
 
-    thread = threading.Thread(target=cut, name="jaxckpt-slice")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
+@functools.cache
+def _mesh_of(device: Device) -> Mesh:
+    return Mesh(np.array([device], dtype=object), ("_",), axis_types=(AxisType.Auto,))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _jitted_slice(array: Any, first: int, count: int) -> Any:
-    return jax.lax.dynamic_slice_in_dim(array, first, count, axis=0)
+def _dynamic_slice(array: Any, lo: tuple[int, ...], sizes: tuple[int, ...]) -> Any:
+    return jax.lax.dynamic_slice(array, lo, sizes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _slice(array: Any, lo: tuple[int, ...], hi: tuple[int, ...]) -> Any:
+    return jax.lax.slice(array, lo, hi)
 
 
 def take_snapshot(

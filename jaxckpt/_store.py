@@ -31,6 +31,7 @@ from typing import Any, final
 import numpy as np
 
 from ._config import MIB
+from ._errors import CheckpointError
 
 Buffer = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -64,6 +65,11 @@ class Store(abc.ABC):
 
     path: str
 
+    @property
+    def wants_aligned_memory(self) -> bool:
+        """Whether writing from memory that does not start at a page costs a copy."""
+        return False
+
     @abc.abstractmethod
     def create(self, name: str, length: int) -> ObjectWriter:
         """Begins a new object."""
@@ -85,8 +91,11 @@ class Store(abc.ABC):
         """Whether an object has exactly so many bytes; FileNotFoundError when it is missing."""
 
     @abc.abstractmethod
-    def read(self, name: str) -> bytes:
-        """A whole small object; FileNotFoundError when it is missing."""
+    def read(self, name: str, bytes_max: int) -> bytes:
+        """A whole small object; FileNotFoundError when it is missing.
+
+        Of an object that is longer than ``bytes_max`` only the first ``bytes_max + 1`` bytes may come.
+        """
 
     @abc.abstractmethod
     def read_into(self, name: str, offset: int, buffer: Buffer) -> int:
@@ -163,9 +172,9 @@ class LocalStore(Store):
     def has_length(self, name: str, length: int) -> bool:
         return os.stat(os.path.join(self.path, name)).st_size == length
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, bytes_max: int) -> bytes:
         with open(os.path.join(self.path, name), "rb") as file:
-            return file.read()
+            return file.read(min(os.fstat(file.fileno()).st_size, bytes_max + 1))
 
     def exists(self, name: str) -> bool:
         return os.path.isfile(os.path.join(self.path, name))
@@ -215,6 +224,10 @@ class LocalStore(Store):
                 self._changed[path] = None
             self._changed[directory] = None
             self._known.add(directory)
+
+    @property
+    def wants_aligned_memory(self) -> bool:
+        return self._is_direct
 
     @functools.cached_property
     def _is_direct(self) -> bool:
@@ -416,7 +429,10 @@ class KeyValueStore(Store):
             if url.startswith("memory://")
             else ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         )
-        self._store = ts.KvStore.open(self.path + "/", context=context).result()
+        try:
+            self._store = ts.KvStore.open(self.path + "/", context=context).result()
+        except ValueError as error:
+            raise CheckpointError(f"{url!r} is no place that TensorStore can reach: {error}") from error
 
     def create(self, name: str, length: int) -> ObjectWriter:
         return _KeyValueWriter(self, name, length)
@@ -436,14 +452,14 @@ class KeyValueStore(Store):
         has_last = length == 0 or self._value(name, slice(length - 1, length)) is not None
         return has_last and self._value(name, slice(length, length + 1)) is None
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, bytes_max: int) -> bytes:
         value = self._value(name, None)
         assert value is not None
         return value
 
     def exists(self, name: str) -> bool:
         try:
-            self.read(name)
+            self.read(name, 0)
         except FileNotFoundError:
             return False
         return True

@@ -94,4 +94,5 @@ def _fill_value(name: str | None) -> Any:
 
 
 def _encode(metadata: dict[str, Any]) -> bytes:
-    return json.dumps(metadata, indent=1).encode()
+    # JSON has no lone surrogates, which Python's strings may hold: strict parsers refuse even their escapes.
+    return json.dumps(metadata, indent=1, ensure_ascii=False).encode("utf-8", "replace")

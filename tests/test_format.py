@@ -1,0 +1,228 @@
+"""FORMAT.md is enough to read a checkpoint: `read_checkpoint` was written from it, with NumPy, ml_dtypes and msgpack.
+
+The reader knows nothing of jaxckpt. It is compared with what was saved for every kind of leaf, for packs and objects of
+their own, and for arrays that were cut into chunks.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import msgpack
+import numpy as np
+import pytest
+import xxhash
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxckpt
+from jaxckpt._config import BLOCK_BYTES
+
+from .helpers import make_mesh
+
+KIB = 1 << 10
+ZARR_DTYPES = (
+    *("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "float4_e2m1fn", "float8_e3m4"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    "float8_e8m0fnu",
+)
+
+
+# --- the reader, written from FORMAT.md -----------------------------------------------------------------------
+
+
+def read_format(form: Any) -> Any:
+    if isinstance(form, str):
+        return form
+    if len(form) == 2 and isinstance(form[1], list) and all(isinstance(size, int) for size in form[1]):
+        return read_format(form[0]), tuple(form[1])
+    names = [tuple(field[0]) if isinstance(field[0], list) else field[0] for field in form]
+    return [
+        (name, read_format(field[1]), *map(tuple, field[2:])) for name, field in zip(names, form, strict=True)
+    ]
+
+
+def read_dtype(descriptor: Any) -> np.dtype:
+    if isinstance(descriptor, str):
+        return np.dtype(getattr(ml_dtypes, descriptor, descriptor))
+    return np.lib.format.descr_to_dtype(read_format(descriptor))
+
+
+def read_value(tag: str, *parts: Any) -> Any:
+    if tag == "int":
+        return int(parts[0], 16)
+    if tag in ("float", "complex"):
+        return np.frombuffer(parts[0], "<f8" if tag == "float" else "<c16")[0].item()
+    return np.frombuffer(parts[1], read_dtype(parts[0]))[0] if tag == "numpy" else parts[0]
+
+
+def read_checkpoint(root: pathlib.Path) -> dict[str, Any]:
+    magic, checksum, payload = msgpack.unpackb((root / "manifest.msgpack").read_bytes())
+    assert (magic, checksum) == ("jaxckpt", xxhash.xxh3_128_digest(payload))
+    m = msgpack.unpackb(payload, unicode_errors="surrogatepass")
+    assert (m["min_reader"], m["features"]) == (1, [])
+    spec_index = np.frombuffer(m["spec_index"], "<u4")
+    columns = (("chunk_pack", "<i4"), ("chunk_offset", "<u8"), ("chunk_length", "<u8"))
+    rows = zip(*(np.frombuffer(m[name], dtype).tolist() for name, dtype in columns), strict=True)
+    checksums = iter([m["checksums"][at : at + 16] for at in range(0, len(m["checksums"]), 16)])
+    values, directories, leaves = dict(m["values"]), dict(m["directories"]), {}
+    for leaf, key in enumerate(m["keys"]):
+        spec = m["specs"][spec_index[leaf]]
+        if spec["kind"] == "value":
+            leaves[key] = read_value(*values[leaf])
+            continue
+        dtype = read_dtype(spec["dtype"])
+        is_plain = spec["dtype"] in ZARR_DTYPES or dtype.itemsize == 1
+        stored_shape = [*spec["shape"], *([] if is_plain else [dtype.itemsize])]
+        element = f"V{dtype.itemsize}" if is_plain else "u1"
+        stored = np.empty(stored_shape, element)
+        box = spec["chunk_shape"]
+        for index in itertools.product(
+            *(range(n // step) for n, step in zip(stored_shape, box, strict=True))
+        ):
+            pack, offset, length = next(rows)
+            name = f"packs/0-{pack}" if pack >= 0 else ".".join([f"{directories[leaf]}/c", *map(str, index)])
+            data = (root / m["data"] / name).read_bytes()[offset : offset + length]
+            for at in range(0, length, m["block_bytes"]):
+                assert xxhash.xxh3_128_digest(data[at : at + m["block_bytes"]]) == next(checksums)
+            place = tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, box, strict=True))
+            stored[place] = np.frombuffer(data, element, int(np.prod(box))).reshape(box)
+        array = np.frombuffer(stored.tobytes(), dtype) if stored.size else np.empty(0, dtype)
+        array = array.reshape(spec["shape"])
+        texts = {"bytes": bytes, "str": lambda text: bytes(text).decode("utf-8", "surrogatepass")}
+        leaves[key] = texts.get(spec["kind"], np.asarray)(array)
+    return leaves
+
+
+# --- the tests ------------------------------------------------------------------------------------------------
+
+
+def every_leaf() -> dict[str, Any]:
+    """One leaf of each kind, by key."""
+    numbers = np.arange(-4, 4)
+    structured = np.dtype([("a", "<i2"), ("b", "S3"), ("c", [("x", ">f4")], (2,))], align=True)
+    leaves = {
+        "numpy/structured": np.frombuffer(bytes(range(structured.itemsize * 4)), structured),
+        "numpy/titles": np.zeros(2, [(("title", "name"), "<f8")]),
+        "numpy/dates": np.array(["2020-02-29", "NaT"], "M8[D]"),
+        "numpy/spans": np.arange(3, dtype="m8[25ns]"),
+        "numpy/text": np.array(["", "aé", "\U0001f600"]),
+        "numpy/strings": np.array([b"", b"abc"]),
+        "numpy/raw": np.frombuffer(bytes(14), "V7"),
+        "numpy/big_endian": np.arange(5, dtype=">f4"),
+        "numpy/long_double": np.ones(3, np.longdouble),
+        "numpy/fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "numpy/scalar": np.array(1.5),
+        "numpy/zero_size": np.zeros((0, 3), np.int16),
+        "numpy/zero_size_text": np.zeros((2, 0), "U4"),
+        "numpy/zero_bytes": np.zeros(3, "S0"),
+        "python/int": -(3**500),
+        "python/float": float.fromhex("0x1.5555555555555p-2"),
+        "python/negative_zero": -0.0,
+        "python/complex": complex(-0.0, float("inf")),
+        "python/bool": True,
+        "python/str": "a\ud800é",
+        "python/bytes": b"\x00\xff",
+        "python/long_str": "é\ud800" * 5000,
+        "python/long_bytes": bytes(range(256)) * 100,
+        "python/empty_str": "",
+        "scalar/float32": np.float32(0.1),
+        "scalar/bfloat16": ml_dtypes.bfloat16(3),
+        "scalar/date": np.datetime64("2020-01-01"),
+        "scalar/structured": np.zeros((), [("x", "<i4"), ("y", "S2")])[()],
+        "jax/key": jax.random.key(7),
+        "jax/key_batch": jax.random.split(jax.random.key(7, impl="rbg"), 3),
+        "jax/scalar": jnp.float32(2.5),
+        "jax/weak": jnp.asarray(2.5),
+    }
+    for dtype in (*ZARR_DTYPES, "uint2", "uint4", "float8_e4m3"):
+        leaves[f"dtypes/{dtype}"] = numbers.astype(read_dtype(dtype))
+    for dtype in ("bfloat16", "float8_e4m3", "int4", "uint2", "complex64", "bool"):
+        leaves[f"jax/{dtype}"] = jnp.asarray(numbers % 2, read_dtype(dtype))
+    return leaves
+
+
+def assert_equal_bytes(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert list(got) == sorted(want)
+    for key, saved in want.items():
+        is_key = isinstance(saved, jax.Array) and jax.dtypes.issubdtype(saved.dtype, jax.dtypes.prng_key)
+        leaf = jax.random.key_data(saved) if is_key else saved
+        if isinstance(leaf, (np.ndarray, jax.Array, np.generic)):
+            assert (key, got[key].dtype, got[key].shape) == (key, leaf.dtype, leaf.shape)
+            assert got[key].tobytes() == np.asarray(leaf).tobytes(), key
+        else:
+            assert (key, type(got[key]), repr(got[key])) == (key, type(leaf), repr(leaf))
+
+
+@pytest.mark.parametrize("pack_bytes_max", [0, 64, 4 << 20])
+def test_every_kind_of_leaf(path: pathlib.Path, pack_bytes_max: int) -> None:
+    leaves = every_leaf()
+    nested: dict[str, dict[str, Any]] = {}
+    for key, leaf in leaves.items():
+        group, name = key.split("/")
+        nested.setdefault(group, {})[name] = leaf
+    jaxckpt.save(path, nested, options=jaxckpt.SaveOptions(pack_bytes_max=pack_bytes_max))
+    assert_equal_bytes(read_checkpoint(path), leaves)
+
+
+@pytest.mark.parametrize("pack_bytes_max", [0, 100, 4 << 20])
+def test_sharded_arrays_in_many_chunks(path: pathlib.Path, pack_bytes_max: int) -> None:
+    mesh = make_mesh({"x": 4, "y": 2})
+    arrays = {
+        "rows": (np.arange(64 * 6, dtype=np.float32).reshape(64, 6), PartitionSpec("x")),
+        "columns": (np.arange(5 * 8, dtype=np.int16).reshape(5, 8), PartitionSpec(None, ("x", "y"))),
+        "both": (np.arange(8 * 4 * 3, dtype=np.uint8).reshape(8, 4, 3), PartitionSpec("x", "y")),
+        "replicated": (np.arange(7.0, dtype=np.float32), PartitionSpec()),
+    }
+    leaves = {key: jax.device_put(array, NamedSharding(mesh, spec)) for key, (array, spec) in arrays.items()}
+    options = jaxckpt.SaveOptions(pack_bytes_max=pack_bytes_max, chunk_bytes_max=96)
+    jaxckpt.save(path, leaves, options=options)
+    assert_equal_bytes(read_checkpoint(path), leaves)
+
+
+def test_chunks_of_several_blocks(path: pathlib.Path) -> None:
+    generator = np.random.default_rng(0)
+    leaves = {
+        "packed": generator.integers(0, 256, 2 * BLOCK_BYTES + 5 * KIB, np.uint8),
+        "own": generator.integers(0, 256, (3, BLOCK_BYTES + 7), np.uint8),
+        "small": generator.random(3),
+    }
+    jaxckpt.save(path, leaves, options=jaxckpt.SaveOptions(pack_bytes_max=5 << 19))
+    assert_equal_bytes(read_checkpoint(path), leaves)
+
+
+def test_the_root_of_a_tree_may_be_a_leaf(path: pathlib.Path) -> None:
+    jaxckpt.save(path, np.arange(3))
+    assert_equal_bytes(read_checkpoint(path), {"": np.arange(3)})
+
+
+def test_the_reader_has_at_most_sixty_lines_and_uses_no_other_package() -> None:
+    functions = (read_format, read_dtype, read_value, read_checkpoint)
+    sources = [inspect.getsource(function) for function in functions]
+    lines = [line for source in sources for line in source.splitlines() if line.strip()]
+    assert len(lines) <= 60
+    names = {
+        node.id for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
+    }
+    assert not names & {"jaxckpt", "jax", "jnp", "BLOCK_BYTES"}
+
+
+def test_the_specification_names_every_field_of_the_manifest_and_every_plain_dtype(
+    path: pathlib.Path,
+) -> None:
+    text = (pathlib.Path(jaxckpt.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"`\"?([A-Za-z0-9_]+)\"?`", text))
+    jaxckpt.save(path, {"a": np.arange(3), "k": jax.random.key(0), "v": 1})
+    _, _, payload = msgpack.unpackb((path / "manifest.msgpack").read_bytes())
+    fields = msgpack.unpackb(payload)
+    named = {*fields, *(name for spec in fields["specs"] for name in spec)}
+    assert named - words == set()
+    assert set(ZARR_DTYPES) - words == set()

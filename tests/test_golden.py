@@ -1,0 +1,151 @@
+"""Checkpoints that earlier versions wrote are read as they always were: ``golden/`` holds some of format 1.
+
+What must come out of them is computed by `golden.generate`. Their files are listed with checksums, since a golden file
+that changes shows nothing any more.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxckpt
+
+from .golden import generate
+from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_program
+from .test_format import read_checkpoint
+
+NAMES = sorted(generate.TREES)
+
+
+def expected(name: str) -> Any:
+    return generate.TREES[name].make()
+
+
+def test_no_file_was_changed_added_or_lost() -> None:
+    listed = json.loads(generate.CHECKSUMS.read_text())
+    found = generate.checksums()
+    assert set(found) == set(listed)
+    assert found == listed
+
+
+def test_every_directory_is_expected() -> None:
+    directories = {entry.name for entry in generate.ROOT.iterdir() if (entry / "manifest.msgpack").exists()}
+    assert directories == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_restores_like_the_tree_that_was_saved(name: str) -> None:
+    tree = expected(name)
+    restored = jaxckpt.restore(generate.ROOT / name, like=tree)
+    assert_same_tree(restored, tree)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"containers"}))
+def test_restores_without_like(name: str) -> None:
+    tree = expected(name)
+    restored = jaxckpt.restore(generate.ROOT / name)
+    assert_same_tree(restored, tree)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
+        if isinstance(want, jax.Array):
+            assert got.sharding == want.sharding
+            assert got.committed == want.committed
+            assert getattr(got, "weak_type", None) == getattr(want, "weak_type", None)
+        elif isinstance(want, np.ndarray):
+            assert (got.flags.f_contiguous, got.flags.c_contiguous) == (
+                want.flags.f_contiguous,
+                want.flags.c_contiguous,
+            )
+
+
+def test_containers_come_back_without_their_classes() -> None:
+    restored = jaxckpt.restore(generate.ROOT / "containers")
+    assert list(restored) == sorted(expected("containers"))
+    assert restored["list"][:1] + restored["list"][2:] == [1, []]
+    assert restored["tuple"][:2] == (1, ())
+    assert type(restored["ordered"]) is collections.OrderedDict
+    assert list(restored["ordered"]) == ["z", "a"]
+    assert type(restored["namedtuple"]).__name__ == "Point"
+    assert restored["namedtuple"]._fields == ("x", "y")
+    assert_same_leaf(restored["namedtuple"].x, np.arange(5))
+    assert_same_leaf(restored["node"].pop("weights"), np.ones((2, 2)))
+    assert restored["node"] == {"bias": {"deep": 0.5}}
+    assert restored["none"] is None
+    assert restored["empty"] == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verifies(name: str) -> None:
+    report = jaxckpt.verify(generate.ROOT / name)
+    assert report.problems == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_independent_reader_reads_the_same(name: str) -> None:
+    checkpoint = jaxckpt.open(generate.ROOT / name)
+    leaves = read_checkpoint(generate.ROOT / name)
+    assert tuple(leaves) == checkpoint.keys()
+    for key, leaf in leaves.items():
+        assert_same_leaf(leaf, checkpoint[key][...], key)
+
+
+def test_metadata_comes_back() -> None:
+    checkpoint = jaxckpt.open(generate.ROOT / "leaves-in-packs")
+    assert checkpoint.metadata == generate.TREES["leaves-in-packs"].metadata
+    assert jaxckpt.open(generate.ROOT / "empty").metadata is None
+
+
+@pytest.mark.parametrize("name", ["sharded-in-packs", "sharded-in-objects", "sharded-in-both"])
+def test_sharded_arrays_restore_on_another_mesh(name: str) -> None:
+    tree = expected(name)
+    restored = jaxckpt.restore(generate.ROOT / name, mesh=make_mesh({"model": 2, "other": 3}))
+    assert_same_tree(restored, tree)
+
+
+def test_sharded_arrays_restore_on_one_device() -> None:
+    run_program(
+        """
+        import sys
+        import jax, numpy as np, jaxckpt
+        restored = jaxckpt.restore(sys.argv[1])
+        assert len(jax.devices()) == 1
+        np.testing.assert_array_equal(restored["rows"], np.arange(96, dtype=np.float32).reshape(16, 6))
+        np.testing.assert_array_equal(restored["columns"], np.arange(64).reshape(4, 16))
+        """,
+        generate.ROOT / "sharded-in-both",
+    )
+
+
+def test_the_goldens_hold_all_three_ways_to_store_a_chunk() -> None:
+    packs, own = set(), set()
+    for name in NAMES:
+        chunks = jaxckpt.open(generate.ROOT / name).manifest.chunks
+        packs |= {name} if (chunks.pack >= 0).any() else set()
+        own |= {name} if (chunks.pack < 0).any() else set()
+    assert {"leaves-in-packs", "sharded-in-packs", "sharded-in-both"} <= packs
+    assert {"leaves-in-objects", "sharded-in-objects", "sharded-in-both"} <= own
+    assert "sharded-in-both" in packs & own
+
+
+def test_writing_them_again_gives_the_same_manifests_but_for_names_and_times(tmp_path: pathlib.Path) -> None:
+    """The format did not change unnoticed: what this version writes differs in nothing that is not random."""
+    for name in NAMES:
+        golden = generate.TREES[name]
+        jaxckpt.save(tmp_path / name, golden.make(), options=golden.options, metadata=golden.metadata)
+        new, old = (jaxckpt.open(root / name).manifest for root in (tmp_path, generate.ROOT))
+        assert (new.keys, new.nodes, new.metadata) == (old.keys, old.nodes, old.metadata)
+        assert new.specs == old.specs
+        assert new.spec_index.tolist() == old.spec_index.tolist()
+        assert (new.values, new.shardings, new.directories) == (old.values, old.shardings, old.directories)
+        assert new.packs == old.packs
+        assert new.chunks.pack.tolist() == old.chunks.pack.tolist()
+        assert new.chunks.offset.tolist() == old.chunks.offset.tolist()
+        assert new.chunks.length.tolist() == old.chunks.length.tolist()
+        assert new.chunks.checksums == old.chunks.checksums
+        assert [entry.checksum for entry in new.objects] == [entry.checksum for entry in old.objects]
