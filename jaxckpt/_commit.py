@@ -89,10 +89,12 @@ class Attempt:
         if not self._is_publishing:
             return False
         try:
+            if not self.store.exists(MANIFEST_NAME):
+                return False
             return parse_manifest(self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), self.store.path).data == self.data
-        except FileNotFoundError:
+        except CheckpointError:  # a damaged one that was to be replaced
             return False
-        except (OSError, CheckpointError):
+        except OSError:
             return True
 
     def abandon(self) -> None:

@@ -99,6 +99,9 @@ class WriteError(CheckpointError, OSError):
     def __str__(self) -> str:
         return str(self.args[0])
 
+    def __reduce__(self) -> tuple[type[WriteError], tuple[str, int | None]]:
+        return WriteError, (str(self), self.errno)  # OSError's own way loses the number
+
 
 def list_problems(headline: str, problems: Sequence[Problem], advice: Sequence[str] = ()) -> str:
     """Message with the first ten problems, one a line, and what to do next."""

@@ -70,8 +70,12 @@ class PieceWriter:
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxckpt-write-{number}") for number in range(count)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException as error:
+            self.abandon(error)
+            raise
 
     @property
     def failure(self) -> BaseException | None:
@@ -109,7 +113,8 @@ class PieceWriter:
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         for writer in self._writers.values():
             writer.abandon()
         self._writers.clear()

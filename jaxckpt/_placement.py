@@ -46,6 +46,13 @@ class Target:
     python_type: type | None = None
 
 
+def is_fortran(target: Target, spec: LeafSpec) -> bool:
+    """Whether the leaf is a NumPy array in Fortran order; turning it later would take its memory twice."""
+    return (
+        target.kind == "numpy" and spec.kind == "numpy" and spec.order == "F" and target.shape == spec.shape
+    )
+
+
 def boxes_of(target: Target, spec: LeafSpec) -> list[Box]:
     """The distinct boxes of the stored form that a target needs from this process."""
     if spec.kind == "value":
@@ -91,7 +98,8 @@ def _from_value(target: Target, value: Any) -> Any:
         array = np.asarray(value, target.dtype)
     if target.kind == "numpy":
         return array
-    return jax.device_put(array, target.sharding)
+    placed = jax.device_put(array, target.sharding)
+    return _with_weak_type(placed) if target.weak_type else placed
 
 
 def _typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
@@ -100,6 +108,8 @@ def _typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
     sizes = tuple(stop - start for start, stop in zip(lo, hi, strict=True))[: len(spec.shape)]
     if destination.buffer is None or destination.nbytes == 0:
         return np.ndarray(sizes, spec.np_dtype)  # `empty` would give strings of no characters one
+    if destination.fortran_axes:
+        return destination.buffer.view(spec.np_dtype).reshape(sizes[::-1]).T
     return destination.buffer.view(spec.np_dtype).reshape(sizes)
 
 

@@ -23,7 +23,7 @@ import errno
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -47,11 +47,15 @@ _ALIGNMENT = 64
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Destination:
-    """A box of a leaf that is wanted, and, once it is read, its bytes in C order (64-byte aligned)."""
+    """A box of a leaf that is wanted, and, once it is read, its bytes (64-byte aligned).
+
+    The first ``fortran_axes`` axes lie in Fortran order, what is left in C order.
+    """
 
     leaf: int
     box: Box
     nbytes: int
+    fortran_axes: int = 0
     buffer: Buffer | None = None
 
 
@@ -106,15 +110,21 @@ class ReadPlan:
         return sum(unit.length for unit in self.units)
 
 
-def plan_reads(manifest: Manifest, wanted: Iterable[tuple[int, Sequence[Box]]], unit_bytes: int) -> ReadPlan:
+def plan_reads(
+    manifest: Manifest,
+    wanted: Iterable[tuple[int, Sequence[Box]]],
+    unit_bytes: int,
+    fortran: Collection[int] = (),
+) -> ReadPlan:
     """Plans the reads for boxes of leaves.
 
     Args:
       manifest: What is stored.
       wanted: Leaves, each with the distinct boxes of its stored form that are needed.
       unit_bytes: Most bytes of one read; at least a block.
+      fortran: Leaves whose boxes are to lie in Fortran order.
     """
-    planner = _ReadPlanner(manifest, max(unit_bytes // BLOCK_BYTES, 1))
+    planner = _ReadPlanner(manifest, max(unit_bytes // BLOCK_BYTES, 1), fortran)
     for leaf, boxes in wanted:
         planner.add_leaf(leaf, boxes)
     return planner.finish()
@@ -122,9 +132,10 @@ def plan_reads(manifest: Manifest, wanted: Iterable[tuple[int, Sequence[Box]]], 
 
 @final
 class _ReadPlanner:
-    def __init__(self, manifest: Manifest, unit_blocks: int) -> None:
+    def __init__(self, manifest: Manifest, unit_blocks: int, fortran: Collection[int]) -> None:
         self._manifest = manifest
         self._unit_blocks = unit_blocks
+        self._fortran = fortran
         self._destinations: list[Destination] = []
         self._units: list[Unit] = []
         self._packed: list[tuple[int, int, Part]] = []
@@ -139,7 +150,8 @@ class _ReadPlanner:
         targets_of_chunk: dict[int, list[tuple[Destination, Box]]] = {}
         for box in boxes:
             count = math.prod(hi - lo for lo, hi in zip(*box, strict=True))
-            destination = Destination(leaf, box, count * itemsize)
+            fortran_axes = len(spec.shape) if leaf in self._fortran else 0
+            destination = Destination(leaf, box, count * itemsize, fortran_axes)
             self._destinations.append(destination)
             if count:
                 for chunk, region in self._overlaps(leaf, spec, box):
@@ -253,6 +265,8 @@ def _range_in_place(
     if len(targets) != 1 or targets[0][1] != chunk_box:
         return None
     destination = targets[0][0]
+    if destination.fortran_axes:
+        return None
     lo, hi = destination.box
     sizes = _minus(hi, lo)
     is_inside = False
@@ -318,7 +332,9 @@ class ReadExecutor:
                 continue
             self._count(len(data))
             if len(data) != entry.length:
-                message = f"object {entry.name}: does not have the {entry.length} bytes that it was written with"
+                message = (
+                    f"object {entry.name}: does not have the {entry.length} bytes that it was written with"
+                )
                 self._report(None, "length", message)
             elif xxhash.xxh3_128_digest(data) != entry.checksum:
                 self._report(None, "checksum", f"object {entry.name}: its checksum differs")
@@ -476,7 +492,14 @@ class ReadExecutor:
 def destination_array(destination: Destination, itemsize: int) -> np.ndarray[Any, Any]:
     """The bytes of a destination as an array of opaque elements in the shape of its box."""
     assert destination.buffer is not None
-    return destination.buffer.view(_MOVABLE[itemsize]).reshape(_minus(destination.box[1], destination.box[0]))
+    sizes = _minus(destination.box[1], destination.box[0])
+    elements = destination.buffer.view(_MOVABLE[itemsize])
+    if not destination.fortran_axes:
+        return elements.reshape(sizes)
+    turned = range(destination.fortran_axes - 1, -1, -1)
+    rest = range(destination.fortran_axes, len(sizes))
+    axes = (*turned, *rest)  # its own inverse
+    return elements.reshape([sizes[axis] for axis in axes]).transpose(axes)
 
 
 def _adopting(manifest: Manifest, unit: Unit) -> set[Destination]:
@@ -491,6 +514,7 @@ def _adopting(manifest: Manifest, unit: Unit) -> set[Destination]:
         is_whole_chunk = part.first_block == 0 and part.length == int(manifest.chunks.length[part.chunk])
         if (
             is_whole_chunk
+            and not destination.fortran_axes
             and region == destination.box
             and destination.nbytes == manifest.spec(part.leaf).chunk_nbytes
         ):

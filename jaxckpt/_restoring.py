@@ -22,7 +22,7 @@ from ._errors import MismatchError, Problem, list_problems
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
 from ._manifest import LeafSpec, Manifest, StoredObject, decode_value
 from ._matching import Match, Rename, Select, key_dtype, match_leaves, rename_keys, select_keys
-from ._placement import Target, boxes_of, place
+from ._placement import Target, boxes_of, is_fortran, place
 from ._reading import Checkpoint
 from ._resharding import ReadExecutor, plan_reads
 from ._shardings import fit_to_mesh, give_devices, rebuild_sharding
@@ -288,8 +288,9 @@ def restore_targets(
     executor.check_metadata(_metadata_of(manifest, [target.leaf for target in targets.values()]))
     boxes = {number: boxes_of(target, manifest.spec(target.leaf)) for number, target in targets.items()}
     waves = _waves(manifest, targets, host_bytes_max)
+    fortran = {target.leaf for target in targets.values() if is_fortran(target, manifest.spec(target.leaf))}
     plans = [
-        plan_reads(manifest, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes)
+        plan_reads(manifest, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes, fortran)
         for wave in waves
     ]
     for plan in plans:

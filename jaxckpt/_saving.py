@@ -11,7 +11,6 @@ the snapshot was staged whole *and* every piece of the plan is durable.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import functools
@@ -37,7 +36,7 @@ from ._manifest import ChunkTable, LeafSpec, Manifest, StoredObject
 from ._persist import PieceWriter
 from ._progress import Progress, ProgressMeter
 from ._shardings import describe_sharding
-from ._snapshot import PinnedSnapshot, choose_staging, take_snapshot
+from ._snapshot import PinnedSnapshot, SnapshotGivenUpError, choose_staging, take_snapshot
 from ._store import Store, open_store
 from ._zarr import METADATA_NAME, array_metadata, group_metadata, leaf_directory
 
@@ -76,7 +75,7 @@ class SaveJob:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Store,
         tree: Any,
         overwrite: bool,
         metadata: Any,
@@ -126,26 +125,34 @@ class SaveJob:
             for name, data in self._metadata_contents().items()
         ]
         # Last, since its threads must be ended by whoever fails from here on.
-        self._writer = PieceWriter(
-            self.store,
-            self._plan,
-            self._object_names(),
-            first_calls=[*calls, self._attempt.put_root_group],
-            threads=options.io_threads,
-            meter=self.meter,
-        )
+        try:
+            self._writer = PieceWriter(
+                self.store,
+                self._plan,
+                self._object_names(),
+                first_calls=[*calls, self._attempt.put_root_group],
+                threads=options.io_threads,
+                meter=self.meter,
+            )
+        except BaseException:
+            self._attempt.abandon()
+            raise
 
     def run(self) -> CheckpointInfo:
         """All steps of a blocking save."""
         self._is_blocking = True
         # A transfer within a memory bound needs another thread that hands over what has arrived.
         drainer = threading.Thread(target=self._drain_quietly, name="jaxckpt-drain")
-        if isinstance(self._snapshot, PinnedSnapshot):
-            drainer.start()
-        with contextlib.suppress(BaseException):  # kept by `stage`, and raised by `finish` after cleaning up
+        try:
+            if isinstance(self._snapshot, PinnedSnapshot):
+                drainer.start()
             self.stage()
-        if drainer.ident is not None:
-            drainer.join()
+            if drainer.ident is not None:
+                drainer.join()
+        except BaseException as error:  # an interrupt, too: `finish` raises it when everything is cleaned up
+            self.give_up(error)
+            if drainer.ident is not None:
+                drainer.join()
         return self.finish()
 
     def stage(self) -> None:
@@ -158,6 +165,12 @@ class SaveJob:
         finally:
             self._staged_s = time.perf_counter() - self._began_s
             self._staged.set()
+
+    def give_up(self, error: BaseException) -> None:
+        """Makes the save fail at its next step, wherever it is; `finish` raises the error."""
+        self._stage_failure = self._stage_failure or error
+        self._release_snapshot()
+        self._staged.set()
 
     def drain(self) -> None:
         """Hands the writer what the snapshot still holds, and waits until it was staged whole."""
@@ -203,6 +216,8 @@ class SaveJob:
         """A failure here is found again by `finish`: pieces are missing then."""
         try:
             self._snapshot.drain(self._writer.submit)
+        except SnapshotGivenUpError:
+            pass  # its cause is on its way to `finish`
         except BaseException as error:
             self._stage_failure = self._stage_failure or error
             self._release_snapshot()
@@ -304,13 +319,17 @@ class PendingSave:
         self._failure: BaseException | None = None
         # Not a daemon: a program that ends now still finishes the save.
         self._thread = threading.Thread(target=self._run, args=(job,), name="jaxckpt-save", daemon=False)
-        self._thread.start()
         try:
+            self._thread.start()
             job.stage()
-        except BaseException:
+        except BaseException as error:  # an interrupt, too
             # The background thread notices, cleans up and says in its own words what failed.
-            self._thread.join()
-            raise self._failure or RuntimeError("the snapshot failed") from None
+            job.give_up(error)
+            if isinstance(error, RuntimeError) and self._thread.ident is None:
+                self._run(job)  # there is no background thread: the system has none left
+            self._done.wait()
+            failure = self._failure or error
+            raise failure from failure.__cause__
 
     def _run(self, job: SaveJob) -> None:
         try:

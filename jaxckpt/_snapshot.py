@@ -22,8 +22,8 @@ What we do.
   that stays in the processor's cache costs less than the copy into the page cache that it avoids.
 
 Memory. `HostMemory` counts every byte of staging of the process against ``host_bytes_max``. When there is no room,
-the caller of `save_async` waits until the writer has released some. A shard that is larger than the room is sliced
-on its device.
+the caller of `save_async` waits until the writer has released some. A shard that is larger than the room is cut, on
+its device if the host cannot view it.
 
 Invariant: when `stage` returns, every array, NumPy leaf and Python value of the tree may be donated, deleted or
 overwritten, and no reference to a leaf is kept. Deliberately not here: any knowledge of files or of the manifest.
@@ -45,7 +45,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from ._config import PIECE_BYTES
+from ._config import BLOCK_BYTES, PIECE_BYTES
 from ._dtypes import is_sub_byte
 from ._layout import Piece, Run, Segment, WritePlan, contiguous_runs, flat_boxes, whole_run
 from ._leaves import Leaf
@@ -121,6 +121,10 @@ def choose_staging(leaves: Sequence[Leaf], staging: str) -> str:
             if device.platform != "cpu" and _pinned_sharding(device) is not None:
                 return "pinned"
     return "pool"
+
+
+class SnapshotGivenUpError(Exception):
+    """Something else has failed, and whoever saw that keeps it."""
 
 
 class Snapshot(abc.ABC):
@@ -251,7 +255,7 @@ class _HostReader:
             self._window = None
             if not isinstance(self._data, np.ndarray):
                 itemsize = np.dtype(self._data.dtype).itemsize
-                self._windows = list(contiguous_runs(self._data.shape, itemsize, PIECE_BYTES))
+                self._windows = list(contiguous_runs(self._data.shape, itemsize, BLOCK_BYTES))
         return self._data
 
     def _convert(self, at: int) -> Run:
@@ -393,9 +397,11 @@ class PinnedSnapshot(Snapshot):
                 group.append((shard, array, whole_run(array.shape, itemsize)))
                 group_bytes += nbytes
                 continue
-            # Two parts of a shard fit, so that one is written while the other is on its way.
+            # Two parts of a shard fit, so that one is written while the other is on its way. Waiting for room waits for
+            # the values anyway, so that where the host can view them nothing is copied on the device.
+            source = _host_view(self._leaves[shard[0]].data, shard[1])
             for run in contiguous_runs(array.shape, itemsize, self._pinned_bytes_max // 2):
-                self._transfer([(shard, array, run)])
+                self._transfer([(shard, source, run)])
         self._transfer(group)
 
     def _shard_array(self, shard: tuple[int, int]) -> Any:
@@ -429,7 +435,7 @@ class PinnedSnapshot(Snapshot):
 
     def _check_wanted(self) -> None:
         if self._has_failed:
-            raise RuntimeError("the snapshot was given up")
+            raise SnapshotGivenUpError
 
     def _wait_for(self, shard: tuple[int, int], at: int) -> _PinnedPart:
         """The part that holds a byte of a shard, once it is there."""
@@ -439,7 +445,7 @@ class PinnedSnapshot(Snapshot):
                     if part.lo <= at < part.hi:
                         return part
                 if self._has_failed:
-                    raise RuntimeError("the snapshot was given up")
+                    raise SnapshotGivenUpError
                 self._changed.wait()
 
     def _copy_to(self, segment: Segment, out: Buffer) -> None:

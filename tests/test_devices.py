@@ -179,7 +179,12 @@ def check_sharding(path: str, want: Any) -> None:
             assert_same_tree([restored["keys"], restored["host"]], [want["keys"], want["host"]])
             for place, leaf in jax.tree_util.tree_leaves_with_path(restored):
                 if isinstance(leaf, jax.Array):
-                    assert leaf.sharding == chosen(jax.tree_util.keystr(place), leaf)
+                    asked = chosen(jax.tree_util.keystr(place), leaf)
+                    # JAX writes specs of PRNG keys out: P() becomes P(None), which is not equal to it.
+                    is_keys = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+                    assert leaf.sharding == asked or (
+                        is_keys and leaf.sharding.is_equivalent_to(asked, leaf.ndim)
+                    )
 
 
 def check_set_mesh(path: str, want: Any) -> None:
@@ -264,8 +269,9 @@ def test_a_save_of_another_process_comes_back_here(path: pathlib.Path, count: in
         import sys
         import jax, jaxckpt
         from tests.test_devices import make_tree
+        tree = make_tree(len(jax.devices()))
         with jax.set_mesh(jax.make_mesh((len(jax.devices()),), ("a",))):
-            jaxckpt.save_async(sys.argv[1], make_tree(len(jax.devices()))).wait()
+            jaxckpt.save_async(sys.argv[1], tree).wait()
         """
     run_program(program, path, devices=count)
     check_restores(str(path))

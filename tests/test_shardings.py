@@ -35,7 +35,7 @@ SHAPE = (16, 8, 24)
 
 
 def explicit_mesh() -> Mesh:
-    devices = np.array(jax.devices()[:8], dtype=object).reshape(4, 2)
+    devices = np.array(jax.devices()[4:12], dtype=object).reshape(4, 2)
     return Mesh(devices, ("a", "b"), axis_types=(AxisType.Explicit, AxisType.Explicit))
 
 
@@ -176,6 +176,7 @@ def test_prng_keys_and_empty_arrays_keep_their_shardings(path: pathlib.Path):
         "grid": jax.device_put(
             jax.random.split(jax.random.key(5, impl="rbg"), (4, 6)), NamedSharding(mesh, P("a", "b"))
         ),
+        "replicated": jax.device_put(jax.random.split(jax.random.key(6), 3), NamedSharding(mesh, P())),
         "empty": make_array(NamedSharding(mesh, P("a", "b")), (0, 2, 3)),
         "scalar": make_array(NamedSharding(mesh, P()), ()),
     }

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import math
 import string
 import sys
 import tempfile
@@ -39,16 +40,13 @@ def assert_round_trip(path: Any, tree: Any) -> Any:
     """The tree comes back with itself, and with abstract arrays, as `like`; returns what comes back without."""
     jaxckpt.save(path, tree)
     assert_same_tree(jaxckpt.restore(path, tree), tree)
-    abstract = jax.tree.map(lambda leaf: jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
-    abstract = jax.tree.map(
-        lambda leaf, kind: (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else kind
-        ),
-        tree,
-        abstract,
-    )
+    abstract = jax.tree.map(_abstract, tree)
     assert_same_tree(jaxckpt.restore(path, abstract), tree)
     return jaxckpt.restore(path)
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
 # --- plain containers -----------------------------------------------------------------------------------------
@@ -186,7 +184,7 @@ ODD_KEYED_DICTS = [
     dict.fromkeys(ODD_STRINGS, 1),
     dict.fromkeys([0, 1, -1, 2**31, -(2**63), 2**63, 2**64 - 1, 2**64, -(10**30)], 1),
     {(): 1, ("a",): 2, ("a", "b"): 3, ("a/b",): 4},
-    {(1, 2): 1, (1, (2, 3)): 2, (0,): 3},
+    {(1, 2): 1, (2, (2, 3)): 2, (0,): 3},
     {(True, None): 1},
     {(b"\xff", 0.5, "\ud800"): 1},
     {0.5: 1, -0.0: 2, float("inf"): 3, 1e300: 4},
@@ -212,7 +210,7 @@ def test_odd_keys(path, keyed, kind):
     assert_same_tree(jaxckpt.restore(path, tree), tree)
     restored = jaxckpt.restore(path)
     assert type(restored["outer"]) is kind
-    if not any(key != key for key in keyed):  # NaN equals nothing
+    if not any(isinstance(key, float) and math.isnan(key) for key in keyed):  # NaN equals nothing
         assert_same_tree(restored, tree)
         assert restored["outer"].keys() == tree["outer"].keys()
     assert len(set(jaxckpt.open(path).keys())) == 2 * len(keyed)
@@ -243,7 +241,7 @@ def test_keys_that_are_equal_to_python_are_not_mixed_up(path):
     ids=["frozenset", "complex", "range", "digits", "class"],
 )
 def test_keys_that_cannot_be_stored_are_refused_before_any_io(tmp_path, key):
-    with pytest.raises(UnsupportedLeafError, match="a dict key of type .*use str, int, tuple") as caught:
+    with pytest.raises(UnsupportedLeafError, match=r"a dict key of type .*use str, int, tuple") as caught:
         jaxckpt.save(tmp_path / "checkpoint", {"layer": {key: 1}})
     assert caught.value.problems[0].key == "layer"
     assert list(tmp_path.iterdir()) == []
@@ -358,6 +356,8 @@ def test_namedtuples_come_back_by_their_fields(path):
 
 class StaticPair(collections.namedtuple("StaticPair", ["value", "name"])):  # noqa: PYI024
     """A namedtuple that tells JAX of one of its fields only."""
+
+    __slots__ = ()
 
 
 jax.tree_util.register_pytree_node(
@@ -644,7 +644,7 @@ def test_a_restore_imports_no_user_code(path, tmp_path):
         import sys; sys.path.insert(0, sys.argv[1])
         import jax.numpy as jnp, numpy as np, user_code, jaxckpt
         record = np.zeros(2, [("a", "i4")])
-        jaxckpt.save(sys.argv[2], [user_code.Pair(1, user_code.Layer(jnp.ones(2))), record, np.datetime64("2024-01-01")])
+        jaxckpt.save(sys.argv[2], [user_code.Pair(1, user_code.Layer(jnp.ones(2))), record, np.datetime64(1, "s")])
     """
     run_program(saver, folder, path)
     restorer = """
