@@ -33,7 +33,14 @@ from typing import final
 import xxhash
 
 from ._errors import CheckpointError, ExistsError
-from ._manifest import MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, StoredObject, encode_manifest, parse_manifest
+from ._manifest import (
+    MANIFEST_BYTES_MAX,
+    MANIFEST_NAME,
+    Manifest,
+    StoredObject,
+    encode_manifest,
+    parse_manifest,
+)
 from ._store import LocalStore, Store
 from ._zarr import METADATA_NAME, group_metadata
 

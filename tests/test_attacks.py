@@ -1,11 +1,12 @@
 """A hostile manifest gets `FormatError` before anything large is allocated (requirement 17).
 
-`attacks/` holds one file for each attack; `attacks/generate.py` makes them. The rest is systematic: every field replaced
-by every type, the payload cut off at every byte, and random changes of it.
+`attacks/` holds one file for each attack; `attacks/generate.py` makes them. The rest is systematic: every field
+replaced by every type, the payload cut off at every byte, and random changes of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -20,8 +21,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import jaxckpt
 from jaxckpt._dtypes import is_jax_dtype
@@ -51,13 +51,11 @@ def use_everything(path: pathlib.Path) -> None:
         jaxckpt.restore,
         jaxckpt.verify,
         lambda path: str(jaxckpt.describe(path)),
-        lambda path: [jaxckpt.open(path)[key][...] for key in jaxckpt.open(path).keys()],
+        lambda path: [jaxckpt.open(path)[key][...] for key in jaxckpt.open(path).manifest.keys],
     ]
     for call in calls:
-        try:
+        with contextlib.suppress(jaxckpt.CheckpointError):
             call(path)
-        except jaxckpt.CheckpointError as error:
-            assert str(error)
 
 
 # --- the files ------------------------------------------------------------------------------------------------

@@ -561,9 +561,7 @@ def test_an_interrupted_sweep_leaves_the_new_checkpoint(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("moment", ["create", "write", "durable", "sync", "synced", "publish"])
-def test_a_failure_at_any_step_before_the_commit(
-    path: pathlib.Path, watch: Callable[..., None], way: str, moment: str
-) -> None:
+def test_a_failure_at_any_step_before_the_commit(path: pathlib.Path, way: str, moment: str) -> None:
     jaxckpt.save(path, tree_of(1))
 
     def fail(call: str, name: str) -> None:

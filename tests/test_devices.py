@@ -1,8 +1,8 @@
 """A checkpoint of eight devices comes back bit for bit on any number of devices, in whatever way it is asked for.
 
-One checkpoint is saved on eight devices, under many meshes and specs, and one on a single device. A fresh process for each
-device count restores both: with nothing given, with ``like=``, ``mesh=`` and ``sharding=``, inside and outside
-`jax.set_mesh`. `check_restores` is what such a process runs; the values to expect are computed, not stored.
+One checkpoint is saved on eight devices, under many meshes and specs, and one on a single device. A fresh process
+for each device count restores both: with nothing given, with ``like=``, ``mesh=`` and ``sharding=``, inside and
+outside `jax.set_mesh`. `check_restores` is what such a process runs; the values to expect are computed, not stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .helpers import assert_same_tree, make_mesh, run_program
 SAVED_COUNT = 8
 COUNTS = (1, 2, 3, 4, 6, 8, 16)
 
-# Axes of the mesh, spec, shape, dtype. Where the shape is just as large as the axes, a mesh of 3 or 6 does not divide it.
+# Axes of the mesh, spec, shape, dtype. Some shapes are just as large as the axes: a mesh of 3 or 6 does not divide them.
 LAYOUTS: dict[str, tuple[dict[str, int], P, tuple[int, ...], Any]] = {
     "rows": ({"a": 8}, P("a"), (48, 5), np.float32),
     "tight rows": ({"a": 8}, P("a", None), (8, 3), jnp.bfloat16),
@@ -123,8 +123,6 @@ def check_nothing(path: str, want: Any) -> None:
     restored = jaxckpt.restore(path)
     compare(restored, want)
     assert restored[PINNED].sharding.memory_kind == "pinned_host"
-    for key, leaf in jaxckpt.open(path)["arrays/grid"].sharding.items():
-        assert leaf is not None or key == "memory_kind"
 
 
 def check_like(path: str, want: Any) -> None:
@@ -296,8 +294,7 @@ def test_fewer_devices_shrink_the_first_axis_first(saved: dict[int, pathlib.Path
         assert shapes["rows"] == {"a": 4}, shapes
         assert shapes["grid"] == shapes["replicated"] == {"a": 2, "b": 2}, shapes
         assert shapes["cube"] == {"p": 1, "q": 2, "r": 2}, shapes
-        specs = {name: str(array.sharding.spec) for name, array in restored.items()}
-        assert specs["grid"] == "PartitionSpec('a', 'b')" or specs["grid"] == "P('a', 'b')", specs
+        assert restored["grid"].sharding.spec == jax.P("a", "b")
         assert restored["explicit"].sharding.mesh.axis_types[0].name == "Explicit"
         """
     run_program(program, saved[SAVED_COUNT], devices=6)

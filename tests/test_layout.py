@@ -542,6 +542,17 @@ def test_a_part_of_a_large_array_needs_the_blocks_that_hold_it_only(
             assert np.all(reads[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] == is_needed)
 
 
+@pytest.mark.parametrize("unit_bytes", [1, 8 * MIB])
+def test_blocks_between_the_rows_of_a_box_are_not_read(unit_bytes: int):
+    case = Case(make_array((4, 800_000), "float32", 1), (1, 1))
+    options = {"chunk_bytes_max": 64 * MIB, "pack_bytes_max": MIB, "piece_bytes": 8 * MIB}
+    manifest, objects = simulate_write([case], plan_writes([case.extent], **options))
+    plan = plan_reads(manifest, [(0, [((0, 10), (3, 20))])], unit_bytes)
+    read_all(manifest, objects, plan)
+    check_destinations([case], plan)
+    assert plan.nbytes == 3 * BLOCK_BYTES
+
+
 # --- meshes ---------------------------------------------------------------------------------------------------
 
 

@@ -382,11 +382,10 @@ def test_damage_is_found_in_the_blocks_that_are_read_and_elsewhere_does_not_matt
     checkpoint = jaxckpt.open(path)
     for index in (np.s_[:768], np.s_[1024:], np.s_[10], np.s_[::1024]):
         assert_same_leaf(checkpoint["w"][index], values[index])
-    for index in (np.s_[900], np.s_[1023:1025], np.s_[:, 3], np.s_[::512, 0][:1], np.s_[...]):
-        if not isinstance(index, tuple) or len(index) == 2:
-            with pytest.raises(jaxckpt.CorruptError, match="byte 3145728") as caught:
-                checkpoint["w"][index]
-            assert [problem.key for problem in caught.value.problems] == ["w"]
+    for index in (np.s_[900], np.s_[1023:1025], np.s_[:, 3], np.s_[::-900], np.s_[...]):
+        with pytest.raises(jaxckpt.CorruptError, match="byte 3145728") as caught:
+            checkpoint["w"][index]
+        assert [problem.key for problem in caught.value.problems] == ["w"]
 
 
 def test_damage_of_a_leaf_that_is_not_selected_does_not_matter(path: pathlib.Path):

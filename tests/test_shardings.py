@@ -346,7 +346,7 @@ def test_every_leaf_that_a_sharding_does_not_fit_is_named(path: pathlib.Path):
 )
 def test_what_is_no_sharding_is_refused_by_key(path: pathlib.Path, wrong: Any):
     jaxckpt.save(path, {"a": jnp.ones(8), "b": 2})
-    with pytest.raises(jaxckpt.MismatchError, match="a: .* not a jax.sharding.Sharding"):
+    with pytest.raises(jaxckpt.MismatchError, match=r"a: .* not a jax\.sharding\.Sharding"):
         jaxckpt.restore(path, sharding=wrong)
 
 

@@ -1,0 +1,500 @@
+"""A snapshot that training cannot disturb (requirements 12 and 13).
+
+Each step adds one to every leaf and donates the state, so that the values of a checkpoint say to which moment they
+belong. Several steps are in flight while saves are taken, through both ways: ``"pool"``, which copies on the host, and
+``"pinned"``, the way of accelerators, which the CPU backend has too. The negative controls show that the obvious ways
+to take a snapshot do fail here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import pathlib
+import threading
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import jaxckpt
+from jaxckpt._layout import LeafExtent, contiguous_runs, plan_writes
+from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY, _cut
+
+from .helpers import assert_same_tree, make_mesh
+from .test_commit import WatchedStore
+
+MIB = 1 << 20
+WAYS = ("pool", "pinned")
+# The pinned way has half of the cap for transfers: of 2 MiB, that is less than some leaves have.
+CAPS = (None, 2 * MIB, 3 * MIB)
+DTYPES = ("float32", "bfloat16", "int32", "float8_e4m3fn", "int4", "uint8")
+
+
+def mesh_of(axis_type: AxisType, devices: int = 4) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), ("x",), axis_types=(axis_type,))
+
+
+def make_state(mesh: Mesh, rows: int = 256) -> dict[str, jax.Array]:
+    """Zeros of several dtypes: cut by rows, by columns, replicated."""
+    specs = [PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec()]
+    return {
+        f"{dtype}-{number}": jax.device_put(jnp.zeros((rows, 512), dtype), NamedSharding(mesh, spec))
+        for dtype in DTYPES
+        for number, spec in enumerate(specs)
+    }
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_one(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {key: (leaf.astype(jnp.float32) + 1).astype(leaf.dtype) for key, leaf in state.items()}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_one_slowly(state: dict[str, jax.Array], matrix: jax.Array) -> dict[str, jax.Array]:
+    """As `add_one`, after a computation that takes about half a second."""
+    matrix = jax.lax.fori_loop(0, 40, lambda _, product: jnp.tanh(product @ product), matrix)
+    zero = 0 * matrix[0, 0]
+    return {key: (leaf.astype(jnp.float32) + 1 + zero).astype(leaf.dtype) for key, leaf in state.items()}
+
+
+def values_in(tree: Any) -> set[float]:
+    """All values of the leaves."""
+    return {
+        float(value) for leaf in jax.tree.leaves(tree) for value in np.unique(np.asarray(leaf, np.float32))
+    }
+
+
+def assert_memory_is_given_back() -> None:
+    assert HOST_MEMORY.bytes_in_use == 0
+    assert PINNED_MEMORY.bytes_in_use == 0
+
+
+# --- donated --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [None, AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("host_bytes_max", CAPS)
+@pytest.mark.parametrize("staging", WAYS)
+def test_donating_steps_in_flight_do_not_disturb_it(
+    tmp_path: pathlib.Path, staging: Any, host_bytes_max: int | None, context: AxisType | None
+) -> None:
+    options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=host_bytes_max)
+    mesh = mesh_of(context or AxisType.Auto)
+    saves = []
+    with jax.set_mesh(mesh) if context is not None else contextlib.nullcontext():
+        state = make_state(mesh)
+        for step in range(1, 7):
+            state = add_one(state)
+            if step % 2:
+                saves.append((step, jaxckpt.save_async(tmp_path / str(step), state, options=options)))
+            before = state
+            state = add_one(state)
+            state = add_one(state)
+            assert all(leaf.is_deleted() for leaf in before.values()), "the step did not donate"
+            state = jax.tree.map(lambda leaf: (leaf.astype(jnp.float32) - 2).astype(leaf.dtype), state)
+    for step, save in saves:
+        save.wait(60)
+        assert values_in(jaxckpt.restore(tmp_path / str(step))) == {float(step)}
+    assert_memory_is_given_back()
+
+
+@pytest.mark.parametrize("host_bytes_max", [2 * MIB, 64 * MIB])
+@pytest.mark.parametrize("staging", WAYS)
+def test_leaves_of_many_sizes_and_cuts_with_little_memory(
+    path: pathlib.Path, staging: Any, host_bytes_max: int
+) -> None:
+    """Shards much larger than the memory for them, in shapes that cannot be cut by rows alone."""
+    shapes = [
+        (3 * MIB // 4,),
+        (1, 3 * MIB // 4),
+        (2, 1, 700_001),
+        (5, 300_000),
+        (513, 1031),
+        (),
+        (0, 3),
+        (1,),
+    ]
+    random = np.random.default_rng(0)
+    tree: dict[str, Any] = {
+        str(number): jnp.asarray(random.integers(0, 1 << 30, shape, np.int32))
+        for number, shape in enumerate(shapes)
+    }
+    want = {key: jnp.array(leaf, copy=True) for key, leaf in tree.items()}
+    options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=host_bytes_max, chunk_bytes_max=MIB)
+    pending = jaxckpt.save_async(path, tree, options=options)
+    for leaf in tree.values():
+        leaf.delete()
+    pending.wait(60)
+    assert_same_tree(jaxckpt.restore(path), want)
+    assert_memory_is_given_back()
+
+
+@pytest.mark.parametrize("pack_bytes_max", [0, 4 * MIB])
+@pytest.mark.parametrize("spec", [("x",), (None, "x"), ("y", "x"), (("x", "y"), None)])
+@pytest.mark.parametrize("staging", WAYS)
+def test_shards_of_several_chunks_with_little_memory(
+    path: pathlib.Path, staging: Any, spec: tuple[Any, ...], pack_bytes_max: int
+) -> None:
+    """The grid's order of chunks goes to and fro between shards cut by columns; they do not all fit at once."""
+    mesh = make_mesh({"x": 4, "y": 2})
+    leaf = jax.device_put(
+        jnp.arange(3 * MIB, dtype=jnp.float32).reshape(1536, 2048), NamedSharding(mesh, PartitionSpec(*spec))
+    )
+    options = jaxckpt.SaveOptions(
+        staging=staging, host_bytes_max=2 * MIB, chunk_bytes_max=MIB // 4, pack_bytes_max=pack_bytes_max
+    )
+    want = jnp.array(leaf, copy=True)
+    pending = jaxckpt.save_async(path, {"leaf": leaf}, options=options)
+    leaf.delete()
+    pending.wait(60)
+    np.testing.assert_array_equal(jaxckpt.restore(path)["leaf"], want)
+    assert_memory_is_given_back()
+
+
+def test_a_plan_writes_shard_by_shard() -> None:
+    extent = LeafExtent((8, 8), 4, (4, 4), (((0, 0), 0), ((0, 4), 1), ((4, 0), 2), ((4, 4), 3)))
+    for pack_bytes_max in (0, 1 << 20):
+        plan = plan_writes([extent], chunk_bytes_max=16, pack_bytes_max=pack_bytes_max, piece_bytes=MIB)
+        segments = [segment for piece in plan.pieces for segment in piece.segments]
+        assert [segment.shard for segment in segments] == sorted([0, 1, 2, 3] * 4)
+        assert [segment.lo for segment in segments] == [0, 16, 32, 48] * 4
+        assert sorted(segment.chunk for segment in segments) == list(range(16))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 40), (3, 5, 7), (4, 1, 9), (), (6, 4)])
+@pytest.mark.parametrize("bytes_max", [4, 20, 32, 1000])
+def test_runs_cut_an_array_into_its_bytes_in_order(shape: tuple[int, ...], bytes_max: int) -> None:
+    array = np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
+    runs = list(contiguous_runs(shape, 4, bytes_max))
+    assert [run.lo for run in runs] == [0, *(run.hi for run in runs[:-1])]
+    assert all(run.hi - run.lo <= bytes_max for run in runs)
+    joined = b"".join(array[tuple(map(slice, *run.box))].tobytes() for run in runs)
+    assert joined == array.tobytes()
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_shard_is_cut_on_its_device_whatever_the_caller_has_set(axis_type: AxisType) -> None:
+    mesh = mesh_of(axis_type)
+    leaf = jax.device_put(jnp.full((64, 16), jnp.nan), NamedSharding(mesh, PartitionSpec("x")))
+    shard = leaf.addressable_data(2)
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"), jax.debug_nans(True):
+        parts = [_cut(shard, run) for run in contiguous_runs(shard.shape, 4, 100)]
+    assert all(part.devices() == shard.devices() for part in parts)
+    assert b"".join(np.asarray(part).tobytes() for part in parts) == np.asarray(shard).tobytes()
+
+
+@pytest.mark.parametrize("host_bytes_max", CAPS)
+@pytest.mark.parametrize("staging", WAYS)
+def test_prng_keys_can_be_donated(path: pathlib.Path, staging: Any, host_bytes_max: int | None) -> None:
+    mesh = make_mesh({"x": 4})
+    keys = {
+        "one": jax.random.key(1),
+        "rbg": jax.random.split(jax.random.key(2, impl="rbg"), 8),
+        "sharded": jax.device_put(
+            jax.random.split(jax.random.key(3), 64), NamedSharding(mesh, PartitionSpec("x"))
+        ),
+    }
+    want = jax.tree.map(jax.random.clone, keys)
+    next_keys = jax.jit(
+        lambda tree: jax.tree.map(lambda key: jax.random.fold_in(key, 1) if key.ndim == 0 else key, tree)
+    )
+    options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=host_bytes_max)
+    with jax.set_mesh(mesh):
+        pending = jaxckpt.save_async(path, keys, options=options)
+    for key in keys.values():
+        jax.random.key_data(key).delete()
+    del next_keys
+    pending.wait(60)
+    assert_same_tree(jaxckpt.restore(path), want)
+
+
+@pytest.mark.parametrize("staging", WAYS)
+def test_arrays_in_pinned_host_memory_can_be_deleted(path: pathlib.Path, staging: Any) -> None:
+    sharding = SingleDeviceSharding(jax.devices()[1], memory_kind="pinned_host")
+    tree = {
+        "large": jax.device_put(jnp.arange(1.0 * MIB), sharding),
+        "small": jax.device_put(jnp.ones(3), sharding),
+    }
+    options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=2 * MIB)
+    pending = jaxckpt.save_async(path, tree, options=options)
+    for leaf in tree.values():
+        leaf.delete()
+    pending.wait(60)
+    restored = jaxckpt.restore(path)
+    np.testing.assert_array_equal(restored["large"], np.arange(1.0 * MIB, dtype=np.float32))
+    np.testing.assert_array_equal(restored["small"], np.ones(3))
+
+
+# --- overwritten ----------------------------------------------------------------------------------------------
+
+
+def host_leaves() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(1)
+    base = random.integers(0, 255, (600, 700, 8), np.uint8)
+    return {
+        "c": base.copy(),
+        "f": np.asfortranarray(base[:, :, 0]),
+        "strided": base.copy()[::-1, ::3, 1::2],
+        "transposed": base.copy().transpose(2, 0, 1),
+        "int64": random.integers(-(1 << 60), 1 << 60, 1000),
+        "structured": np.array([(1, b"ab"), (2, b"c")], [("number", "<i4"), ("text", "S3")]),
+        "datetime": np.array(["2024-01-01", "2025-02-03"], "datetime64[s]"),
+        "scalar": np.array(7.5),
+        "long": np.array("x" * 600_000),
+    }
+
+
+@pytest.mark.parametrize("host_bytes_max", CAPS)
+@pytest.mark.parametrize("staging", WAYS)
+def test_numpy_leaves_can_be_overwritten(
+    path: pathlib.Path, staging: Any, host_bytes_max: int | None
+) -> None:
+    leaves = host_leaves()
+    tree = {"leaves": leaves, "list": [1, "two"], "nested": {"a": 1.5}}
+    want = {"leaves": host_leaves(), "list": [1, "two"], "nested": {"a": 1.5}}
+    metadata = {"losses": [1.0]}
+    options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=host_bytes_max)
+    pending = jaxckpt.save_async(path, tree, metadata=metadata, options=options)
+    for leaf in leaves.values():
+        leaf.view(np.uint8 if leaf.flags.c_contiguous and leaf.ndim else leaf.dtype)[...] = 0
+    leaves.clear()
+    tree["list"][0] = 99
+    tree["nested"]["b"] = tree.pop("list")
+    metadata["losses"].append(2.0)
+    pending.wait(60)
+    restored = jaxckpt.restore(path)
+    assert restored["list"] == want["list"]
+    assert restored["nested"] == want["nested"]
+    for key, leaf in want["leaves"].items():
+        np.testing.assert_array_equal(restored["leaves"][key], leaf, strict=True)
+    assert jaxckpt.open(path).metadata == {"losses": [1.0]}
+    assert_memory_is_given_back()
+
+
+# --- many at a time -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("host_bytes_max", CAPS)
+@pytest.mark.parametrize("staging", WAYS)
+def test_many_overlapping_saves(tmp_path: pathlib.Path, staging: Any, host_bytes_max: int | None) -> None:
+    options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=host_bytes_max)
+    state = make_state(mesh_of(AxisType.Auto), rows=64)
+    saves = []
+    for step in range(12):
+        saves.append(jaxckpt.save_async(tmp_path / str(step % 100), state, options=options))
+        state = add_one(state) if step % 8 != 7 else jax.tree.map(jnp.zeros_like, state)
+    for step, save in enumerate(saves):
+        save.wait(60)
+        want = step if step < 8 else step - 8
+        assert values_in(jaxckpt.restore(tmp_path / str(step))) <= {float(want), float(want) - 16}, step
+    assert_memory_is_given_back()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ways", [("pinned", "pinned", "pinned"), ("pool", "pinned", "pool")])
+def test_saves_from_several_threads_share_little_memory(
+    tmp_path: pathlib.Path, ways: tuple[Any, ...]
+) -> None:
+    tree = {"large": jnp.arange(3.0 * MIB // 4), "small": [jnp.full((9000,), number) for number in range(20)]}
+    failures: list[BaseException] = []
+
+    def save_some(number: int, staging: Any) -> None:
+        try:
+            options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=2 * MIB)
+            saves = [jaxckpt.save_async(tmp_path / f"{number}-{k}", tree, options=options) for k in range(3)]
+            for save in saves:
+                save.wait(60)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save_some, args=(number, way)) for number, way in enumerate(ways)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert not failures
+    for number in range(len(ways)):
+        for k in range(3):
+            assert_same_tree(jaxckpt.restore(tmp_path / f"{number}-{k}"), tree)
+    assert_memory_is_given_back()
+
+
+@pytest.mark.timeout(60)
+def test_a_save_that_needs_both_kinds_of_memory_does_not_block_the_one_before_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    """The first save needs several buffers one after the other and holds transferred bytes meanwhile. The second one,
+    whose leaf is transferred in parts, must not take the only buffer and wait for the room that these bytes have."""
+    may_write = threading.Event()
+
+    def tell(what: str, _name: str) -> None:
+        if what == "write":
+            assert may_write.wait(50)
+
+    # In packs each of these chunks of four bytes takes 64: 3 pieces of 1 MiB from 200 KiB.
+    first = {"tiny": jnp.arange(50_000, dtype=jnp.int32)}
+    second = {"large": jnp.arange(2 * MIB, dtype=jnp.float32)}
+    options = jaxckpt.SaveOptions(staging="pinned", host_bytes_max=2 * MIB, chunk_bytes_max=4)
+    saves = [jaxckpt.save_async(WatchedStore(tmp_path / "first", tell), first, options=options)]  # type: ignore[arg-type]
+    starter = threading.Timer(
+        0.5, may_write.set
+    )  # whatever the second save does meanwhile, it must not matter
+    starter.start()
+    options = jaxckpt.SaveOptions(staging="pinned", host_bytes_max=2 * MIB)
+    saves.append(jaxckpt.save_async(tmp_path / "second", second, options=options))
+    for save in saves:
+        save.wait(40)
+    starter.join()
+    np.testing.assert_array_equal(jaxckpt.restore(tmp_path / "first")["tiny"], np.arange(50_000))
+    assert_same_tree(jaxckpt.restore(tmp_path / "second"), second)
+
+
+# --- not waiting ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staging", WAYS)
+def test_save_async_does_not_wait_for_storage(path: pathlib.Path, staging: Any) -> None:
+    """Storage accepts nothing until `save_async` has returned and the state is donated."""
+    may_write = threading.Event()
+
+    def tell(_what: str, _name: str) -> None:
+        assert may_write.wait(50)
+
+    state = add_one(make_state(mesh_of(AxisType.Auto)))
+    options = jaxckpt.SaveOptions(staging=staging)
+    pending = jaxckpt.save_async(WatchedStore(path, tell), state, options=options)  # type: ignore[arg-type]
+    state = add_one(state)
+    jax.block_until_ready(state)
+    assert not pending.done()
+    assert pending.progress().bytes_done == 0
+    may_write.set()
+    pending.wait(60)
+    assert values_in(jaxckpt.restore(path)) == {1.0}
+
+
+@pytest.mark.parametrize("context", [None, AxisType.Auto, AxisType.Explicit])
+def test_the_pinned_way_does_not_wait_for_the_computation_in_flight(
+    tmp_path: pathlib.Path, context: AxisType | None
+) -> None:
+    mesh = mesh_of(context or AxisType.Auto, devices=1)
+    options = jaxckpt.SaveOptions(staging="pinned")
+    with jax.set_mesh(mesh) if context is not None else contextlib.nullcontext():
+        matrix = jnp.full((1000, 1000), 1e-3)
+        state = jax.block_until_ready(add_one_slowly(make_state(mesh), matrix))
+        jaxckpt.save_async(tmp_path / "warm", state, options=options).wait(60)
+        state = add_one_slowly(state, matrix)
+        pending = jaxckpt.save_async(tmp_path / "measured", state, options=options)
+        was_ready = any(leaf.is_ready() for leaf in state.values())
+        state = add_one(state)
+        was_ready_after_the_next_step = any(leaf.is_ready() for leaf in state.values())
+    assert not was_ready
+    assert not was_ready_after_the_next_step
+    pending.wait(60)
+    assert values_in(jaxckpt.restore(tmp_path / "measured")) == {2.0}
+
+
+def test_the_pool_way_waits_for_the_values(path: pathlib.Path) -> None:
+    """The control of the test above: its computation does take longer than a save."""
+    mesh = mesh_of(AxisType.Auto, devices=1)
+    state = add_one_slowly(make_state(mesh), jnp.full((1000, 1000), 1e-3))
+    assert not any(leaf.is_ready() for leaf in state.values())
+    pending = jaxckpt.save_async(path, state, options=jaxckpt.SaveOptions(staging="pool"))
+    assert all(leaf.is_ready() for leaf in state.values())
+    pending.wait(60)
+
+
+# --- nothing is left ------------------------------------------------------------------------------------------
+
+
+def address_of(array: jax.Array) -> int:
+    return array.addressable_data(0).unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize("staging", [*WAYS, "blocking"])
+def test_nothing_stays_cached_on_the_arrays_and_their_memory_can_be_donated(
+    tmp_path: pathlib.Path, staging: Any
+) -> None:
+    mesh = mesh_of(AxisType.Auto)
+    state = make_state(mesh, rows=1024)
+    state["one"] = jnp.ones((1024, 512))
+    jax.block_until_ready(state)
+    if staging == "blocking":
+        jaxckpt.save(tmp_path / "a", state)
+    else:
+        jaxckpt.save_async(tmp_path / "a", state, options=jaxckpt.SaveOptions(staging=staging)).wait(60)
+    for key, leaf in state.items():
+        assert leaf._npy_value is None, key
+        assert all(shard.data._npy_value is None for shard in leaf.addressable_shards), key
+    # A view that somebody still held would make the donating step copy.
+    before = address_of(state["one"])
+    after = jax.jit(lambda leaf: leaf + 1, donate_argnums=0)(state["one"])
+    assert address_of(after) == before
+
+
+def test_reading_values_off_an_array_does_cache_them() -> None:
+    """The control of the test above."""
+    leaf = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh_of(AxisType.Auto), PartitionSpec("x")))
+    np.asarray(leaf)
+    assert leaf._npy_value is not None
+
+
+@pytest.mark.parametrize("staging", WAYS)
+def test_the_leaves_are_not_referenced_once_they_are_staged(path: pathlib.Path, staging: Any) -> None:
+    """Storage is held up, so that the save is still going on."""
+    may_write = threading.Event()
+
+    def tell(_what: str, _name: str) -> None:
+        assert may_write.wait(50)
+
+    tree = {"jax": jnp.arange(1000.0), "numpy": np.arange(1000.0), "small": np.ones((3, 4), order="F")}
+    leaves = [weakref.ref(leaf) for leaf in tree.values()]
+    options = jaxckpt.SaveOptions(staging=staging)
+    pending = jaxckpt.save_async(WatchedStore(path, tell), tree, options=options)  # type: ignore[arg-type]
+    tree.clear()
+    gc.collect()
+    assert [leaf() for leaf in leaves] == [None] * 3
+    may_write.set()
+    pending.wait(60)
+
+
+# --- negative controls ----------------------------------------------------------------------------------------
+
+
+def test_copy_to_host_async_and_reading_later_loses_the_value() -> None:
+    state = add_one(make_state(mesh_of(AxisType.Auto)))
+    shards = [leaf.addressable_data(0) for leaf in state.values()]
+    for shard in shards:
+        shard.copy_to_host_async()
+    add_one(state)
+    lost = 0
+    for shard in shards:
+        try:
+            if values_in(shard) != {1.0}:
+                lost += 1
+        except RuntimeError as error:
+            assert "deleted" in str(error) or "donated" in str(error)
+            lost += 1
+    assert lost
+
+
+def test_device_put_to_the_same_sharding_is_no_copy() -> None:
+    leaf = jnp.arange(1000.0)
+    copy = jax.device_put(leaf, leaf.sharding)
+    jax.jit(lambda array: array + 1, donate_argnums=0)(leaf)
+    assert copy.is_deleted()
+
+
+def test_a_held_view_keeps_the_next_step_from_donating() -> None:
+    leaf = jnp.ones((1024, 512))
+    view = np.asarray(leaf)
+    before = address_of(leaf)
+    after = jax.jit(lambda array: array + 1, donate_argnums=0)(leaf)
+    assert address_of(after) != before
+    assert view[0, 0] == 1
