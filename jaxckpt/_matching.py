@@ -70,6 +70,16 @@ def select_keys(keys: Sequence[str], select: Select) -> list[bool]:
     return [any(column) for column in zip(*matches, strict=True)] if matches else [False] * len(keys)
 
 
+def is_key_selected(key: str, select: Select) -> bool:
+    """Whether a single key, of ``like`` say, is asked for."""
+    if select is None:
+        return True
+    if callable(select):
+        return bool(select(key))
+    patterns = [select] if isinstance(select, str) else select
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
 def rename_keys(keys: Sequence[str], is_selected: Sequence[bool], rename: Rename) -> list[str]:
     """New names of saved keys.
 
@@ -167,7 +177,7 @@ def match_leaves(
     Args:
       manifest: What is saved.
       saved: New key of each selected leaf, to its number.
-      unselected: New keys of the leaves that were not selected; places with these keys keep the leaf of ``like``.
+      unselected: Keys that are not asked for; places with these keys keep the leaf of ``like``.
       like_keys: Keys of the wanted tree.
       like_leaves: Its leaves.
       missing: ``"error"`` or ``"keep"``.

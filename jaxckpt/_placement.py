@@ -155,6 +155,12 @@ def _cast(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, 
 
 
 def _with_weak_type(array: jax.Array) -> jax.Array:
-    # What jax.Array's own unpickling does; there is no public way. It costs no copy and no retrace.
-    array.aval = array.aval.update(weak_type=True)  # type: ignore[misc, attr-defined]
+    """The same array, weakly typed. There is no public way; a checkpoint would cost a retrace without it."""
+    try:
+        # What jax.Array's own unpickling did up to 0.11; nothing is copied.
+        array.aval = array.aval.update(weak_type=True)  # type: ignore[misc, attr-defined]
+    except AttributeError:  # from 0.12 on it is read-only
+        from jax._src.lax.lax import _convert_element_type  # type: ignore[attr-defined]
+
+        return _convert_element_type(array, array.dtype, weak_type=True)
     return array

@@ -21,7 +21,16 @@ from ._config import PIECE_BYTES, RestoreOptions, resolve_host_bytes_max
 from ._errors import MismatchError, Problem, list_problems
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
 from ._manifest import LeafSpec, Manifest, StoredObject, decode_value
-from ._matching import Match, Rename, Select, key_dtype, match_leaves, rename_keys, select_keys
+from ._matching import (
+    Match,
+    Rename,
+    Select,
+    is_key_selected,
+    key_dtype,
+    match_leaves,
+    rename_keys,
+    select_keys,
+)
 from ._placement import Target, boxes_of, is_fortran, place
 from ._reading import Checkpoint
 from ._resharding import ReadExecutor, plan_reads
@@ -90,10 +99,12 @@ def match_tree(
     if like is None:
         return _whole_tree(manifest, selected, is_nested=rename is not None)
     flat = flatten(like)
+    unselected = [key for leaf, key in enumerate(renamed) if not is_selected[leaf]]
+    unselected += [key for key in flat.keys if not is_key_selected(key, select)]
     matches = match_leaves(
         manifest,
         selected,
-        [key for leaf, key in enumerate(renamed) if not is_selected[leaf]],
+        unselected,
         flat.keys,
         flat.leaves,
         missing=missing,

@@ -251,8 +251,8 @@ def _fit(descriptor: dict[str, Any], mesh: Mesh, shape: tuple[int, ...]) -> Name
         else:
             entries.append(axes[0] if len(axes) == 1 else tuple(axes))
     axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    reduced = {name for name in descriptor.get("reduced", ()) if axis_types.get(name) is AxisType.Explicit}
-    return NamedSharding(mesh, PartitionSpec(*entries, reduced=reduced))
+    reduced = [name for name in descriptor.get("reduced", ()) if axis_types.get(name) is AxisType.Explicit]
+    return NamedSharding(mesh, PartitionSpec(*entries, reduced=frozenset(reduced)))
 
 
 def _known_axes(entry: Any, mesh: Mesh) -> list[str]:

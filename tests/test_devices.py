@@ -26,7 +26,7 @@ from .helpers import assert_same_tree, make_mesh, run_program
 SAVED_COUNT = 8
 COUNTS = (1, 2, 3, 4, 6, 8, 16)
 
-# Axes of the mesh, spec, shape, dtype. Some shapes are just as large as the axes: a mesh of 3 or 6 does not divide them.
+# Axes of the mesh, spec, shape, dtype. A mesh of 3 or 6 does not divide the shapes that are as small as the axes.
 LAYOUTS: dict[str, tuple[dict[str, int], P, tuple[int, ...], Any]] = {
     "rows": ({"a": 8}, P("a"), (48, 5), np.float32),
     "tight rows": ({"a": 8}, P("a", None), (8, 3), jnp.bfloat16),

@@ -562,3 +562,12 @@ def test_a_stored_leaf_in_like_takes_the_leaf_as_it_was_saved(saved):
     restored = jaxckpt.restore(saved, tree, cast=True)
     assert restored["params"]["dense"]["kernel"].dtype == jnp.bfloat16
     assert restored["params"]["dense"]["bias"].dtype == jnp.float32
+
+
+def test_select_asks_nothing_of_leaves_of_like_that_it_does_not_name(path):
+    """A checkpoint of parameters only starts a whole training state."""
+    jaxckpt.save(path, {"params": {"w": jnp.arange(3.0)}})
+    like = {"params": {"w": jnp.zeros(3)}, "opt": {"mu": jnp.full(3, 7.0)}}
+    restored = jaxckpt.restore(path, like=like, select="params/*")
+    assert restored["params"]["w"].tolist() == [0.0, 1.0, 2.0]
+    assert restored["opt"]["mu"] is like["opt"]["mu"]

@@ -57,8 +57,8 @@ def add_one(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add_one_slowly(state: dict[str, jax.Array], matrix: jax.Array) -> dict[str, jax.Array]:
-    """As `add_one`, after a computation that takes about half a second."""
-    matrix = jax.lax.fori_loop(0, 40, lambda _, product: jnp.tanh(product @ product), matrix)
+    """As `add_one`, after a computation that takes some tenths of a second."""
+    matrix = jax.lax.fori_loop(0, 20, lambda _, product: jnp.tanh(product @ product), matrix)
     zero = 0 * matrix[0, 0]
     return {key: (leaf.astype(jnp.float32) + 1 + zero).astype(leaf.dtype) for key, leaf in state.items()}
 
@@ -189,6 +189,15 @@ def test_a_shard_is_cut_on_its_device_whatever_the_caller_has_set(axis_type: Axi
     assert b"".join(np.asarray(part).tobytes() for part in parts) == np.asarray(shard).tobytes()
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def count_up(keys: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Other keys in the memory of the given ones."""
+    return {
+        name: jax.random.wrap_key_data(jax.random.key_data(key) + 1, impl=jax.random.key_impl(key))
+        for name, key in keys.items()
+    }
+
+
 @pytest.mark.parametrize("host_bytes_max", CAPS)
 @pytest.mark.parametrize("staging", WAYS)
 def test_prng_keys_can_be_donated(path: pathlib.Path, staging: Any, host_bytes_max: int | None) -> None:
@@ -201,15 +210,11 @@ def test_prng_keys_can_be_donated(path: pathlib.Path, staging: Any, host_bytes_m
         ),
     }
     want = jax.tree.map(jax.random.clone, keys)
-    next_keys = jax.jit(
-        lambda tree: jax.tree.map(lambda key: jax.random.fold_in(key, 1) if key.ndim == 0 else key, tree)
-    )
     options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=host_bytes_max)
     with jax.set_mesh(mesh):
         pending = jaxckpt.save_async(path, keys, options=options)
-    for key in keys.values():
-        jax.random.key_data(key).delete()
-    del next_keys
+    count_up(keys)
+    assert all(key.is_deleted() for key in keys.values())
     pending.wait(60)
     assert_same_tree(jaxckpt.restore(path), want)
 
@@ -288,12 +293,12 @@ def test_many_overlapping_saves(tmp_path: pathlib.Path, staging: Any, host_bytes
     state = make_state(mesh_of(AxisType.Auto), rows=64)
     saves = []
     for step in range(12):
-        saves.append(jaxckpt.save_async(tmp_path / str(step % 100), state, options=options))
+        saves.append(jaxckpt.save_async(tmp_path / str(step), state, options=options))
         state = add_one(state) if step % 8 != 7 else jax.tree.map(jnp.zeros_like, state)
     for step, save in enumerate(saves):
         save.wait(60)
         want = step if step < 8 else step - 8
-        assert values_in(jaxckpt.restore(tmp_path / str(step))) <= {float(want), float(want) - 16}, step
+        assert values_in(jaxckpt.restore(tmp_path / str(step))) == {float(want)}, step
     assert_memory_is_given_back()
 
 
@@ -311,7 +316,7 @@ def test_saves_from_several_threads_share_little_memory(
             saves = [jaxckpt.save_async(tmp_path / f"{number}-{k}", tree, options=options) for k in range(3)]
             for save in saves:
                 save.wait(60)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001  any failure of the thread is one of the test
             failures.append(error)
 
     threads = [threading.Thread(target=save_some, args=(number, way)) for number, way in enumerate(ways)]
@@ -327,32 +332,35 @@ def test_saves_from_several_threads_share_little_memory(
 
 
 @pytest.mark.timeout(60)
-def test_a_save_that_needs_both_kinds_of_memory_does_not_block_the_one_before_it(
-    tmp_path: pathlib.Path,
-) -> None:
-    """The first save needs several buffers one after the other and holds transferred bytes meanwhile. The second one,
-    whose leaf is transferred in parts, must not take the only buffer and wait for the room that these bytes have."""
+def test_pinned_saves_are_drained_in_the_order_in_which_they_were_staged(tmp_path: pathlib.Path) -> None:
+    """Otherwise the second one could take the only buffer and wait for room that the first one has, which waits for
+    the buffer. Here the first one needs the buffer three times, and the second one asks for it in the meantime."""
     may_write = threading.Event()
+    order: list[str] = []
 
-    def tell(what: str, _name: str) -> None:
+    def tell_of_first(what: str, _name: str) -> None:
         if what == "write":
             assert may_write.wait(50)
+            order.append("first")
 
-    # In packs each of these chunks of four bytes takes 64: 3 pieces of 1 MiB from 200 KiB.
-    first = {"tiny": jnp.arange(50_000, dtype=jnp.int32)}
-    second = {"large": jnp.arange(2 * MIB, dtype=jnp.float32)}
-    options = jaxckpt.SaveOptions(staging="pinned", host_bytes_max=2 * MIB, chunk_bytes_max=4)
-    saves = [jaxckpt.save_async(WatchedStore(tmp_path / "first", tell), first, options=options)]  # type: ignore[arg-type]
-    starter = threading.Timer(
-        0.5, may_write.set
-    )  # whatever the second save does meanwhile, it must not matter
-    starter.start()
+    def tell_of_second(what: str, _name: str) -> None:
+        may_write.set()
+        if what == "write":
+            order.append("second")
+
+    # In a pack each of these chunks of four bytes takes 64: two pieces of 1 MiB, and a third.
+    tiny = jaxckpt.SaveOptions(staging="pinned", host_bytes_max=2 * MIB, chunk_bytes_max=4)
     options = jaxckpt.SaveOptions(staging="pinned", host_bytes_max=2 * MIB)
-    saves.append(jaxckpt.save_async(tmp_path / "second", second, options=options))
+    first = {"tiny": jnp.arange(34_000, dtype=jnp.int32)}
+    second = {"small": jnp.arange(1000.0)}
+    saves = [
+        jaxckpt.save_async(WatchedStore(tmp_path / "first", tell_of_first), first, options=tiny),  # type: ignore[arg-type]
+        jaxckpt.save_async(WatchedStore(tmp_path / "second", tell_of_second), second, options=options),  # type: ignore[arg-type]
+    ]
     for save in saves:
         save.wait(40)
-    starter.join()
-    np.testing.assert_array_equal(jaxckpt.restore(tmp_path / "first")["tiny"], np.arange(50_000))
+    assert order == ["first"] * 3 + ["second"]
+    assert_same_tree(jaxckpt.restore(tmp_path / "first"), first)
     assert_same_tree(jaxckpt.restore(tmp_path / "second"), second)
 
 
@@ -388,6 +396,7 @@ def test_the_pinned_way_does_not_wait_for_the_computation_in_flight(
     with jax.set_mesh(mesh) if context is not None else contextlib.nullcontext():
         matrix = jnp.full((1000, 1000), 1e-3)
         state = jax.block_until_ready(add_one_slowly(make_state(mesh), matrix))
+        state = jax.block_until_ready(add_one(state))  # compiled, all of them
         jaxckpt.save_async(tmp_path / "warm", state, options=options).wait(60)
         state = add_one_slowly(state, matrix)
         pending = jaxckpt.save_async(tmp_path / "measured", state, options=options)
@@ -397,7 +406,7 @@ def test_the_pinned_way_does_not_wait_for_the_computation_in_flight(
     assert not was_ready
     assert not was_ready_after_the_next_step
     pending.wait(60)
-    assert values_in(jaxckpt.restore(tmp_path / "measured")) == {2.0}
+    assert values_in(jaxckpt.restore(tmp_path / "measured")) == {3.0}
 
 
 def test_the_pool_way_waits_for_the_values(path: pathlib.Path) -> None:
@@ -476,12 +485,10 @@ def test_copy_to_host_async_and_reading_later_loses_the_value() -> None:
     lost = 0
     for shard in shards:
         try:
-            if values_in(shard) != {1.0}:
-                lost += 1
-        except RuntimeError as error:
-            assert "deleted" in str(error) or "donated" in str(error)
+            lost += values_in(shard) != {1.0}
+        except RuntimeError:  # "Array has been deleted"
             lost += 1
-    assert lost
+    assert lost == len(shards)
 
 
 def test_device_put_to_the_same_sharding_is_no_copy() -> None:
