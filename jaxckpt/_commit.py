@@ -98,7 +98,10 @@ class Attempt:
         try:
             if not self.store.exists(MANIFEST_NAME):
                 return False
-            return parse_manifest(self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), self.store.path).data == self.data
+            return (
+                parse_manifest(self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), self.store.path).data
+                == self.data
+            )
         except CheckpointError:  # a damaged one that was to be replaced
             return False
         except OSError:

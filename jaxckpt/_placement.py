@@ -160,7 +160,8 @@ def _with_weak_type(array: jax.Array) -> jax.Array:
         # What jax.Array's own unpickling did up to 0.11; nothing is copied.
         array.aval = array.aval.update(weak_type=True)  # type: ignore[misc, attr-defined]
     except AttributeError:  # from 0.12 on it is read-only
-        from jax._src.lax.lax import _convert_element_type  # type: ignore[attr-defined]
+        from jax._src.lax import lax
 
-        return _convert_element_type(array, array.dtype, weak_type=True)
+        convert: Any = lax._convert_element_type  # noqa: SLF001
+        return convert(array, array.dtype, weak_type=True)
     return array

@@ -49,20 +49,23 @@ def assert_same_leaf(got: Any, want: Any, where: str = "") -> None:
 def assert_same_tree(got: Any, want: Any) -> None:
     """Both trees have one structure and the same leaves, bit for bit."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (place, got_leaf), want_leaf in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    got_leaves = jax.tree_util.tree_leaves_with_path(got)
+    for (place, got_leaf), want_leaf in zip(got_leaves, jax.tree.leaves(want), strict=True):
         assert_same_leaf(got_leaf, want_leaf, jax.tree_util.keystr(place))
 
 
 def run_program(
     source: str, *arguments: str | pathlib.Path, devices: int = 1, timeout_s: float = 120, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python source in a fresh process with so many CPU devices; the package and `tests.helpers` are importable."""
+    """Runs Python source in a fresh process with so many CPU devices, the package and `tests.helpers` at hand."""
     environment = dict(os.environ)
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environment["JAX_PLATFORMS"] = "cpu"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
     if check and result.returncode != 0:
         raise AssertionError(f"the program ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result

@@ -481,7 +481,6 @@ def test_an_interrupt_ends_it_quietly(
     assert capsys.readouterr().err == ""
 
 
-
 # --- the progress bar -----------------------------------------------------------------------------------------
 
 

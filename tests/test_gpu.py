@@ -44,13 +44,25 @@ def long_step(state: dict[str, jax.Array], rounds: int) -> dict[str, jax.Array]:
     matrix = jnp.ones((8192, 8192), jnp.bfloat16) * 1e-4
     for _ in range(rounds):
         matrix = jnp.tanh(matrix @ matrix)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(1, leaf.dtype) + 0 * matrix[0, 0].astype(leaf.dtype), state)
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(1, leaf.dtype) + 0 * matrix[0, 0].astype(leaf.dtype), state
+    )
 
 
 def test_round_trip_of_every_dtype(path: pathlib.Path) -> None:
     tree = {
         name: jnp.asarray(np.arange(-4, 4) % 2, name)
-        for name in ("bool", "int8", "uint32", "float16", "bfloat16", "float32", "complex64", "float8_e4m3fn", "int4")
+        for name in (
+            "bool",
+            "int8",
+            "uint32",
+            "float16",
+            "bfloat16",
+            "float32",
+            "complex64",
+            "float8_e4m3fn",
+            "int4",
+        )
     }
     tree["key"] = jax.random.key(3)
     jaxckpt.save(path, tree)
@@ -58,7 +70,9 @@ def test_round_trip_of_every_dtype(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("host_bytes_max", [None, 64 * MIB])
-def test_donating_steps_do_not_disturb_the_snapshot(tmp_path: pathlib.Path, host_bytes_max: int | None) -> None:
+def test_donating_steps_do_not_disturb_the_snapshot(
+    tmp_path: pathlib.Path, host_bytes_max: int | None
+) -> None:
     options = jaxckpt.SaveOptions(host_bytes_max=host_bytes_max)
     state = add_one(make_state(0.0))
     pending = []
@@ -134,5 +148,7 @@ def test_blocked_time_is_a_small_part_of_the_save(tmp_path: pathlib.Path) -> Non
     pending = jaxckpt.save_async(tmp_path / "measured", state)
     blocked_s = time.perf_counter() - began_s
     info = pending.wait(120)
-    print(f"blocked {blocked_s * 1e3:.1f} ms, durable after {info.seconds * 1e3:.0f} ms, {info.nbytes / MIB:.0f} MiB")
+    print(
+        f"blocked {blocked_s * 1e3:.1f} ms, durable after {info.seconds * 1e3:.0f} ms, {info.nbytes / MIB:.0f} MiB"
+    )
     assert blocked_s < info.seconds / 2

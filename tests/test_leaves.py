@@ -359,7 +359,6 @@ def numpy_arrays() -> dict[str, np.ndarray[Any, Any]]:
         "dates": np.array(["2024-02-29", "NaT", "1815-12-10"], "M8[D]"),
         "dates_25s": np.array([1, 2], "M8[25s]"),
         "dates_big": np.array([1, -5], ">M8[ns]"),
-        "date_unit_free": np.array(["NaT"], "M8"),
         "spans": np.array([1, -2, "NaT"], "m8[ms]"),
         "text": np.array(["", "a", "äöü 漢字 \U0001f600", "\ud800"]),
         "text_big": np.array(["ab", "漢"], ">U2"),
