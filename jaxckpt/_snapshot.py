@@ -263,7 +263,7 @@ class _HostReader:
         if self._window is None or not self._window.lo <= at < self._window.hi:
             number = bisect.bisect_right(self._windows, at, key=lambda run: run.lo) - 1
             self._window = self._windows[number]
-            self._array = np.asarray(_cut(self._data, self._window))
+            self._array = _to_host(_cut(self._data, self._window))
         return self._window
 
 
@@ -279,6 +279,12 @@ def _host_view(data: Any, shard: int) -> Any:
     if device.platform != "cpu" or is_sub_byte(array.dtype):
         return jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
     return np.asarray(array)
+
+
+def _to_host(array: Any) -> np.ndarray[Any, Any]:
+    """The values of a disposable array; saving was asked for, so that a guard against transfers does not mean it."""
+    with jax.transfer_guard_device_to_host("allow"):
+        return np.asarray(array)
 
 
 def _byte_range(array: np.ndarray[Any, Any], lo: int, hi: int) -> Buffer:
@@ -367,7 +373,7 @@ class PinnedSnapshot(Snapshot):
             part = self._wait_for(shard, segment.lo)
             is_whole = len(piece.segments) == 1 and segment.stored == segment.hi - segment.lo
             if is_whole and segment.hi <= part.hi:
-                view = _byte_range(np.asarray(part.array), segment.lo - part.lo, segment.hi - part.lo)
+                view = _byte_range(_to_host(part.array), segment.lo - part.lo, segment.hi - part.lo)
                 submit(piece, view, functools.partial(self._consumed, shard, part, len(view)))
             else:
                 self._copy_piece(piece, self._copy_to, submit)
@@ -455,7 +461,7 @@ class PinnedSnapshot(Snapshot):
         while at < segment.hi:
             part = self._wait_for(shard, at)
             end = min(segment.hi, part.hi)
-            view = _byte_range(np.asarray(part.array), at - part.lo, end - part.lo)
+            view = _byte_range(_to_host(part.array), at - part.lo, end - part.lo)
             out[at - segment.lo : end - segment.lo] = view
             self._consumed(shard, part, end - at)
             at = end

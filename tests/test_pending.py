@@ -149,7 +149,9 @@ def test_progress_only_grows_and_ends_at_all_bytes(path: pathlib.Path, staging: 
         seen.append(pending.progress())
 
     tree = {"large": jnp.zeros(2 * MIB), "small": jnp.ones(10)}
-    pending = save_through(note, path, tree, staging=staging, io_threads=1, host_bytes_max=4 * MIB)
+    pending = save_through(
+        note, path, tree, staging=staging, io_threads=1, pack_bytes_max=0, chunk_bytes_max=MIB
+    )
     assert pending.progress().bytes_done == 0
     started.set()
     pending.wait(60)

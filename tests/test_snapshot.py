@@ -189,6 +189,19 @@ def test_a_shard_is_cut_on_its_device_whatever_the_caller_has_set(axis_type: Axi
     assert b"".join(np.asarray(part).tobytes() for part in parts) == np.asarray(shard).tobytes()
 
 
+@pytest.mark.parametrize("staging", WAYS)
+def test_a_guard_against_implicit_transfers_does_not_mean_saves(path: pathlib.Path, staging: Any) -> None:
+    tree = {
+        "int4": jnp.arange(-8, 8).astype(jnp.int4),
+        "large": jnp.arange(1.0 * MIB),
+        "key": jax.random.key(1),
+    }
+    with jax.transfer_guard("disallow"):
+        options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=2 * MIB)
+        jaxckpt.save_async(path, tree, options=options).wait(60)
+    assert_same_tree(jaxckpt.restore(path), tree)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def count_up(keys: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Other keys in the memory of the given ones."""
