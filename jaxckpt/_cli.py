@@ -33,6 +33,7 @@ from ._inspect import (
 from ._manifest import MANIFEST_NAME
 from ._progress import Progress
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
+from ._store import local_path
 
 OK = 0
 DIFFERS = 1
@@ -190,7 +191,7 @@ class _Output:
 
 def _ls(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
     del bar
-    directory = arguments.directory.removeprefix("file://")
+    directory = local_path(arguments.directory)
     if "://" in directory:
         raise _UsageError(
             f"ls takes directories, not {directory!r}; info, tree, cat, verify and diff take URLs"

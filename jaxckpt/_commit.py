@@ -49,10 +49,9 @@ from ._zarr import METADATA_NAME, group_metadata
 class Attempt:
     """One attempt to commit a checkpoint."""
 
-    def __init__(self, store: Store, old_data: str | None, may_overwrite: bool) -> None:
+    def __init__(self, store: Store, may_overwrite: bool) -> None:
         self.store = store
         self.data = f"data-{secrets.token_hex(8)}"
-        self._old_data = old_data
         self._may_overwrite = may_overwrite
         self._objects: list[StoredObject] = []
         self._is_publishing = False
@@ -81,15 +80,25 @@ class Attempt:
         """
         data = encode_manifest(manifest)
         self.store.sync()
-        if not self._may_overwrite and self.store.exists(MANIFEST_NAME):
-            raise ExistsError(_exists_message(self.store))
+        old_data = self._data_to_replace()
         self._is_publishing = True
         self.store.publish(MANIFEST_NAME, data)
-        if self._old_data is not None:
+        if old_data is not None:
             # The new checkpoint exists, whatever becomes of the old one's objects.
             with contextlib.suppress(OSError):
-                self.store.delete_tree(self._old_data)
+                self.store.delete_tree(old_data)
         return len(data)
+
+    def _data_to_replace(self) -> str | None:
+        """Data directory of the checkpoint that is there now, which may be younger than this attempt."""
+        if not self.store.exists(MANIFEST_NAME):
+            return None
+        if not self._may_overwrite:
+            raise ExistsError(_exists_message(self.store))
+        # A damaged manifest names no directory that could be deleted safely; it is replaced all the same.
+        with contextlib.suppress(CheckpointError):
+            return parse_manifest(self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), self.store.path).data
+        return None
 
     def is_committed(self) -> bool:
         """Whether the manifest names this attempt; also when that cannot be found out."""
@@ -133,14 +142,9 @@ def begin(store: Store, *, may_overwrite: bool) -> Attempt:
     Raises:
       ExistsError: A committed checkpoint is there and overwriting is not allowed.
     """
-    old_data = None
-    if store.exists(MANIFEST_NAME):
-        if not may_overwrite:
-            raise ExistsError(_exists_message(store))
-        # A damaged manifest names no directory that could be deleted safely; it is replaced all the same.
-        with contextlib.suppress(CheckpointError):
-            old_data = parse_manifest(store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), store.path).data
-    return Attempt(store, old_data, may_overwrite)
+    if not may_overwrite and store.exists(MANIFEST_NAME):
+        raise ExistsError(_exists_message(store))
+    return Attempt(store, may_overwrite)
 
 
 def _exists_message(store: Store) -> str:

@@ -66,7 +66,7 @@ class RestoreOptions:
     Attributes:
       host_bytes_max: Cap in bytes on host memory beyond the arrays that are returned. On accelerators a restore
         goes through the tree in waves of this size. The floor is 2 MiB. None: half of the machine's memory.
-      io_threads: Threads that read and verify. Default 4, as for saving.
+      io_threads: Threads that read and verify. Default 8, as for saving.
     """
 
     host_bytes_max: int | None = None

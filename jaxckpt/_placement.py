@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
@@ -151,7 +152,12 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
 def _cast(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """The array in another dtype; overflows were asked for."""
     with np.errstate(all="ignore"):
-        return array.astype(dtype, copy=False)
+        try:
+            return array.astype(dtype, copy=False)
+        except TypeError:
+            # NumPy knows no way between some types of at most a byte; int8 and float32 hold them exactly.
+            are_integers = all(jnp.issubdtype(each, np.integer) for each in (array.dtype, dtype))
+            return array.astype(np.int8 if are_integers else np.float32).astype(dtype)
 
 
 def _with_weak_type(array: jax.Array) -> jax.Array:

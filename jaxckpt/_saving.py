@@ -16,6 +16,7 @@ import errno
 import functools
 import importlib.metadata
 import logging
+import math
 import os
 import threading
 import time
@@ -401,7 +402,7 @@ def _copy_metadata(metadata: Any) -> Any:
     """A copy, so that the caller may change the original while the save goes on."""
     try:
         copy = msgpack.unpackb(msgpack.packb(metadata))
-        if copy == metadata:
+        if _is_same_data(copy, metadata):
             return copy
         reason = "it would come back different (tuples become lists; dict keys must be str)"
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -409,6 +410,21 @@ def _copy_metadata(metadata: Any) -> Any:
     raise TypeError(
         f"metadata= must be plain data: None, bool, int, float, str, bytes, lists and dicts; {reason}"
     )
+
+
+def _is_same_data(a: Any, b: Any) -> bool:
+    """Whether two pieces of plain data are equal; NaN equals NaN."""
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(_is_same_data, a, b))
+    if isinstance(a, dict):
+        return (
+            isinstance(b, dict)
+            and a.keys() == b.keys()
+            and all(map(_is_same_data, a.values(), map(b.get, a)))
+        )
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a):
+        return math.isnan(b)
+    return bool(a == b)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ import os
 import secrets
 import shutil
 import threading
+import urllib.parse
 from collections.abc import Generator
 from typing import Any, final
 
@@ -120,7 +121,17 @@ def open_store(path: str | os.PathLike[str] | Store) -> Store:
     text = os.fspath(path)
     if "://" in text and not text.startswith("file://"):
         return KeyValueStore(text)
-    return LocalStore(os.path.abspath(text.removeprefix("file://")))
+    return LocalStore(os.path.abspath(local_path(text)))
+
+
+def local_path(text: str) -> str:
+    """The path that a ``file://`` URL names; anything else as it is."""
+    if not text.startswith("file://"):
+        return text
+    host, slash, path = text.removeprefix("file://").partition("/")
+    if host not in ("", "localhost"):
+        raise CheckpointError(f"{text!r} names the host {host!r}: a file URL has three slashes, file:///...")
+    return urllib.parse.unquote(slash + path, errors="surrogateescape")
 
 
 # --- local files ----------------------------------------------------------------------------------------------

@@ -304,6 +304,25 @@ def test_cast_converts_arrays(path, stored, like):
     assert report.cast == ("x",)
 
 
+def test_cast_converts_between_the_smallest_types(path):
+    """NumPy has no way between many of them."""
+    names = ["int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float8_e4m3fn", "float8_e8m0fnu"]
+    stored = {name: jnp.ones(3).astype(name) for name in names}
+    jaxckpt.save(path, stored)
+    for name in names:
+        wanted = jax.tree.map(lambda array, name=name: array.astype(name), stored)
+        for like in (wanted, jax.tree.map(np.asarray, wanted)):
+            assert_same_tree(jaxckpt.restore(path, like, cast=True), like)
+
+
+def test_cast_wraps_the_smallest_integers_as_it_does_all(path):
+    stored = jnp.arange(-8, 8).astype(jnp.int4)
+    jaxckpt.save(path, stored)
+    for name in ("int2", "uint2", "uint4"):
+        wanted = stored.astype(name)
+        assert_same_tree(jaxckpt.restore(path, wanted, cast=True), wanted)
+
+
 def test_cast_converts_shards(path):
     mesh = make_mesh({"data": 4, "model": 2})
     stored = jax.device_put(jnp.arange(64.0).reshape(8, 8) / 3, NamedSharding(mesh, P("data", "model")))

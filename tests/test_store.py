@@ -1,0 +1,159 @@
+"""Where a checkpoint may be: relative paths, links, file URLs, other names, and object stores (``memory://``)."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore as ts
+
+import jaxckpt
+from jaxckpt._store import open_store
+
+from .helpers import assert_same_tree
+
+ODD_NAMES = ["with a space", "50%", "100%25", "#1?", "日本", "a\nb"]
+
+TREE = {"large": jnp.arange(1_500_000.0).reshape(1500, 1000), "small": [np.arange(5), 7, "text"]}
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "checkpoint"
+
+
+# --- local files ----------------------------------------------------------------------------------------------
+
+
+def test_a_relative_path_is_resolved_when_the_save_is_called(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    pending = jaxckpt.save_async("step 1/é", TREE)
+    monkeypatch.chdir("/")
+    assert pending.wait().path == str(tmp_path / "run" / "step 1" / "é")
+    assert_same_tree(jaxckpt.restore(tmp_path / "run" / "step 1" / "é"), TREE)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_file_urls_name_what_pathlib_says(tmp_path: pathlib.Path, name: str) -> None:
+    path = tmp_path / name
+    jaxckpt.save(path.as_uri(), TREE)
+    assert (path / "manifest.msgpack").exists()
+    assert_same_tree(jaxckpt.restore(path.as_uri()), TREE)
+    local = path.as_uri().replace("file://", "file://localhost")
+    jaxckpt.save_async(local, TREE, overwrite=True).wait()
+    assert jaxckpt.open(local).path == jaxckpt.open(path).path == str(path)
+
+
+def test_a_file_url_of_another_host_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for use in (jaxckpt.open, lambda path: jaxckpt.save(path, TREE)):
+        with pytest.raises(jaxckpt.CheckpointError, match=r"host 'run'.*file:///"):
+            use("file://run/step_1")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_link_to_a_checkpoint_is_one(tmp_path: pathlib.Path, path: pathlib.Path) -> None:
+    jaxckpt.save(path, TREE)
+    (tmp_path / "latest").symlink_to(path)
+    assert_same_tree(jaxckpt.restore(tmp_path / "latest"), TREE)
+    jaxckpt.save(tmp_path / "latest", {"new": 1}, overwrite=True)
+    assert jaxckpt.restore(path) == {"new": 1}
+    assert len(list(path.glob("data-*"))) == 1
+
+
+def test_a_copy_under_another_name_is_the_same_checkpoint(tmp_path: pathlib.Path, path: pathlib.Path) -> None:
+    jaxckpt.save(path, TREE)
+    shutil.copytree(path, tmp_path / "a copy")
+    shutil.rmtree(path)
+    assert jaxckpt.verify(tmp_path / "a copy").ok
+    assert_same_tree(jaxckpt.restore(tmp_path / "a copy"), TREE)
+
+
+# --- object stores --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> str:
+    return f"memory://tests/{request.node.name}/a é"
+
+
+def kv_store(url: str) -> ts.KvStore:
+    store = open_store(url)
+    return store._store  # type: ignore[attr-defined]
+
+
+def names_in(url: str) -> list[str]:
+    return [name.decode() for name in kv_store(url).list().result()]
+
+
+def test_a_checkpoint_in_an_object_store(url: str) -> None:
+    with pytest.raises(jaxckpt.NotFoundError):
+        jaxckpt.open(url)
+    jaxckpt.save(url, TREE)
+    assert_same_tree(jaxckpt.restore(url), TREE)
+    assert_same_tree(jaxckpt.restore(url + "/", TREE), TREE)
+    assert jaxckpt.verify(url).ok
+    leaf = jaxckpt.open(url)["large"]
+    assert np.array_equal(leaf[10:20, ::7], np.asarray(TREE["large"])[10:20, ::7])
+    with pytest.raises(jaxckpt.ExistsError):
+        jaxckpt.save(url, {"new": 1})
+    jaxckpt.save_async(url, {"new": 1}, overwrite=True).wait()
+    assert jaxckpt.restore(url) == {"new": 1}
+    assert len({name.partition("/")[0] for name in names_in(url) if name.startswith("data-")}) == 1
+
+
+@pytest.mark.parametrize("harm", ["missing", "short", "long", "empty", "flipped"])
+def test_damage_in_an_object_store_is_found(url: str, harm: str) -> None:
+    jaxckpt.save(url, TREE)
+    for name in names_in(url):
+        whole = bytes(kv_store(url).read(name).result().value)
+        middle = len(whole) // 2
+        harmed = {
+            "missing": None,
+            "short": whole[:-1],
+            "long": whole + b"x",
+            "empty": b"",
+            "flipped": whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :],
+        }[harm]
+        kv_store(url).write(name, harmed).result()
+        with pytest.raises((jaxckpt.CorruptError, jaxckpt.FormatError, jaxckpt.NotFoundError)):
+            jaxckpt.restore(url)
+        if name != "manifest.msgpack":
+            assert name in str(jaxckpt.verify(url))
+        kv_store(url).write(name, whole).result()
+    assert_same_tree(jaxckpt.restore(url), TREE)
+
+
+def test_a_url_that_nothing_serves(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(jaxckpt.CheckpointError, match="'nowhere://x' is no place"):
+        jaxckpt.save("nowhere://x", TREE)
+    assert not os.listdir(tmp_path)
+
+
+# --- metadata -------------------------------------------------------------------------------------------------
+
+
+def test_metadata_may_hold_nan(path: pathlib.Path) -> None:
+    """A loss often is."""
+    jaxckpt.save(path, {}, metadata={"loss": [math.nan, np.float64("nan")], "step": 1})
+    loss = jaxckpt.open(path).metadata["loss"]
+    assert [type(value) for value in loss] == [float, float]
+    assert all(map(math.isnan, loss))
+
+
+@pytest.mark.parametrize("metadata", [(1, 2), {"a": [(1,)]}, {1: 2}, np.float32(1), 2**64, {"a": object()}])
+def test_metadata_that_would_come_back_different_is_refused(path: pathlib.Path, metadata: object) -> None:
+    with pytest.raises(TypeError, match="metadata= must be plain data"):
+        jaxckpt.save(path, {}, metadata=metadata)
+    assert not path.exists()
