@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 from typing import final
 
 import xxhash
@@ -43,6 +44,9 @@ from ._manifest import (
 )
 from ._store import LocalStore, Store
 from ._zarr import METADATA_NAME, group_metadata
+
+# Commits of one process take turns, so that of several overwrites of one path each removes the one that it replaced.
+_commit_lock = threading.Lock()
 
 
 @final
@@ -80,9 +84,10 @@ class Attempt:
         """
         data = encode_manifest(manifest)
         self.store.sync()
-        old_data = self._data_to_replace()
-        self._is_publishing = True
-        self.store.publish(MANIFEST_NAME, data)
+        with _commit_lock:
+            old_data = self._data_to_replace()
+            self._is_publishing = True
+            self.store.publish(MANIFEST_NAME, data)
         if old_data is not None:
             # The new checkpoint exists, whatever becomes of the old one's objects.
             with contextlib.suppress(OSError):
