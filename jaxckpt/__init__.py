@@ -7,12 +7,16 @@ FORMAT.md, beside this file, specifies what is on disk.
 The modules, in the order in which to read them. Each imports only from those that stand below it; ``tests`` enforce it.
 
     _cli          the command ``jaxckpt``
+    _callback     what a training loop calls: resume, save, stop
+    _manager      a directory of numbered checkpoints
     _checkpoint   the story: save, save_async, restore, open. Start here
     _inspect      describe, verify, diff
-    _saving       one save from the tree to the commit; PendingSave
+    _pending      a save in the background, and who learns that it failed
+    _saving       one save from the tree to the commit
     _restoring    one restore from the manifest to the tree
     _reading      Checkpoint and StoredLeaf: an open checkpoint as NumPy arrays
     _placement    verified bytes on the host become leaves
+    _steps        which numbered checkpoints a directory holds; checkpoint.json
     _snapshot     device -> host, within a bound on host memory
     _persist      threads that checksum and write
     _commit       when a checkpoint exists, and why no crash leaves half of one
@@ -24,15 +28,21 @@ The modules, in the order in which to read them. Each imports only from those th
     _manifest     the records of the manifest, their encoding, parsing and validation; pure
     _shardings    describing and rebuilding shardings
     _keys         pytree <-> {key: leaf} and the record of its structure
+    _items        small values and states of objects beside a tree, and their bytes; pure
+    _schedule     which steps are saved; pure
+    _retention    which steps stay; pure
+    _preemption   learning that this process will be ended
     _store        objects on local files and on object stores; the only module that imports tensorstore
     _dtypes       names of dtypes, and their bytes on disk
     _config       every tunable, with the source of its default
+    _terminal     what a person at a terminal sees
     _progress     what observers are told
     _errors       the exception tree
 """
 
 from __future__ import annotations
 
+from ._callback import CheckpointCallback as CheckpointCallback
 from ._checkpoint import open as open, restore as restore, save as save, save_async as save_async
 from ._config import RestoreOptions as RestoreOptions, SaveOptions as SaveOptions
 from ._errors import (
@@ -55,10 +65,14 @@ from ._inspect import (
     diff as diff,
     verify as verify,
 )
+from ._manager import CheckpointEvent as CheckpointEvent, CheckpointManager as CheckpointManager
+from ._pending import PendingSave as PendingSave
+from ._preemption import Preemption as Preemption
 from ._progress import Progress as Progress
 from ._reading import Checkpoint as Checkpoint, StoredLeaf as StoredLeaf
 from ._restoring import RestoreReport as RestoreReport
-from ._saving import CheckpointInfo as CheckpointInfo, PendingSave as PendingSave
+from ._retention import Best as Best, Verdict as Verdict
+from ._saving import CheckpointInfo as CheckpointInfo
 
 __version__: str
 

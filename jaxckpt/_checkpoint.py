@@ -16,17 +16,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, Sharding
 
 from ._config import RestoreOptions, SaveOptions
+from ._items import check_items, load_items
 from ._matching import Rename, Select
+from ._pending import PendingSave
 from ._reading import Checkpoint, open_checkpoint
 from ._restoring import RestoreReport, choose_targets, is_cast, match_tree, restore_targets
-from ._saving import CheckpointInfo, PendingSave, SaveJob
+from ._saving import CheckpointInfo, SaveContext, SaveJob
 
 _log = logging.getLogger("jaxckpt")
 
@@ -39,6 +41,7 @@ def save(
     tree: Any,
     *,
     overwrite: bool = False,
+    items: Mapping[str, Any] | None = None,
     metadata: Any = None,
     options: SaveOptions | None = None,
 ) -> CheckpointInfo:
@@ -52,6 +55,9 @@ def save(
       tree: Any pytree. Leaves are `jax.Array` of any shape, dtype and sharding, typed PRNG keys, `numpy.ndarray`,
         NumPy scalars, and Python int, float, complex, bool, str and bytes.
       overwrite: Whether a checkpoint at ``path`` may be replaced. The old one stays whole until the new one is.
+      items: By name, what shall be kept beside the tree and committed with it: plain values, NumPy arrays, and
+        objects with ``get_state`` and ``set_state`` (iterators of Grain) or ``state_dict`` and ``load_state_dict``,
+        whose state of this moment is stored.
       metadata: Plain data (what msgpack takes: None, bool, int, float, str, bytes, lists, dicts with str keys)
         to keep beside the tree.
       options: See `SaveOptions`.
@@ -72,7 +78,8 @@ def save(
       >>> jaxckpt.restore(tmp / "a")["step"]
       7
     """
-    return SaveJob(path, tree, overwrite, metadata, options or SaveOptions(), is_blocking=True).run()
+    context = SaveContext(metadata=metadata, items=items)
+    return SaveJob(path, tree, overwrite, context, options or SaveOptions(), is_blocking=True).run()
 
 
 def save_async(
@@ -80,6 +87,7 @@ def save_async(
     tree: Any,
     *,
     overwrite: bool = False,
+    items: Mapping[str, Any] | None = None,
     metadata: Any = None,
     options: SaveOptions | None = None,
 ) -> PendingSave:
@@ -92,6 +100,7 @@ def save_async(
       path: As for `save`.
       tree: As for `save`.
       overwrite: As for `save`.
+      items: As for `save`.
       metadata: As for `save`.
       options: See `SaveOptions`; ``host_bytes_max`` bounds the snapshot.
 
@@ -113,7 +122,15 @@ def save_async(
 
     Source: the split into snapshot and persist follows CheckFreq (Mohan et al., FAST 2021).
     """
-    return PendingSave(SaveJob(path, tree, overwrite, metadata, options or SaveOptions(), is_blocking=False))
+    context = SaveContext(metadata=metadata, items=items)
+    job = SaveJob(path, tree, overwrite, context, options or SaveOptions(), is_blocking=False)
+    pending = PendingSave(job.store.path)
+    try:
+        pending.start(job)
+    except BaseException:
+        pending.mark_seen()
+        raise
+    return pending
 
 
 def open(path: Path) -> Checkpoint:
@@ -152,6 +169,7 @@ def restore(
     unexpected: str = "error",
     cast: bool = False,
     reshape: bool = False,
+    items: Mapping[str, Any] | None = None,
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
@@ -181,6 +199,8 @@ def restore(
       unexpected: For leaves on disk that ``like`` does not have: ``"error"`` or ``"ignore"``.
       cast: Whether dtypes are converted to those of ``like``.
       reshape: Whether arrays take the shape of ``like`` when it has equally many elements.
+      items: By name, objects that get back the state that they had when they were saved, as the last thing that
+        happens. Saved values are read from `Checkpoint.items`.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 
@@ -191,7 +211,7 @@ def restore(
       NotFoundError: No committed checkpoint is there.
       FormatError: The manifest is damaged, or needs a newer version.
       CorruptError: Stored bytes are damaged; `.problems` names each by key, chunk and object.
-      MismatchError: The tree and ``like`` differ; `.problems` lists every difference.
+      MismatchError: The tree and ``like`` differ, or an item is not there; `.problems` lists every difference.
 
     Host memory: on CPU the arrays themselves and a few MiB for each reading thread; on accelerators at most
       ``host_bytes_max``, or one box of the largest array.
@@ -209,12 +229,15 @@ def restore(
     wanted = match_tree(
         checkpoint, like, select, rename, missing=missing, unexpected=unexpected, cast=cast, reshape=reshape
     )
+    check_items(items or {}, checkpoint.items if items else {}, checkpoint.path)
     targets = choose_targets(checkpoint, wanted, mesh, sharding)
     restored = restore_targets(checkpoint, targets, options or RestoreOptions())
     leaves = [
         match.like if match.leaf is None else restored[number] for number, match in enumerate(wanted.matches)
     ]
     tree = wanted.unflatten(leaves)
+    if items:
+        load_items(items, checkpoint.items, checkpoint.path)
     seconds = time.perf_counter() - began_s
     nbytes = sum(checkpoint.manifest.spec(target.leaf).nbytes for target in targets.values())
     _log.info("restored %s: %d leaves, %d bytes in %.3f s", checkpoint.path, len(targets), nbytes, seconds)

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, final
 
@@ -25,15 +24,15 @@ from ._inspect import (
     LeafDescription,
     describe,
     diff,
-    format_bytes,
     format_date,
     format_value,
     verify,
 )
 from ._manifest import MANIFEST_NAME
-from ._progress import Progress
+from ._progress import format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._store import local_path
+from ._terminal import ProgressBar
 
 OK = 0
 DIFFERS = 1
@@ -464,58 +463,6 @@ def _name_of_float(value: float) -> str:
     if math.isnan(value):
         return "NaN"
     return "Infinity" if value > 0 else "-Infinity"
-
-
-# --- the progress bar -----------------------------------------------------------------------------------------
-
-
-@final
-class ProgressBar:
-    """One line on a terminal for what takes longer than a second; nothing elsewhere.
-
-    Time is that of the `Progress` values. They may come from several threads.
-    """
-
-    _SHOWN_AFTER_S = 1.0
-    _REDRAWN_AFTER_S = 0.1
-    _CELLS = 30
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._is_terminal = stream.isatty()
-        self._lock = threading.Lock()
-        self._drawn_s = -math.inf
-        self._is_drawn = False
-
-    def show(self, progress: Progress) -> None:
-        """Draws the bar anew when it is time to."""
-        if not self._is_terminal or progress.elapsed_s < self._SHOWN_AFTER_S:
-            return
-        with self._lock:
-            if progress.elapsed_s - self._drawn_s < self._REDRAWN_AFTER_S:
-                return
-            self._drawn_s = progress.elapsed_s
-            self._is_drawn = True
-            self._write("\r" + self._line(progress) + "\x1b[K")
-
-    def close(self) -> None:
-        """Wipes the bar away."""
-        with self._lock:
-            if self._is_drawn:
-                self._write("\r\x1b[K")
-            self._is_drawn = False
-
-    def _line(self, progress: Progress) -> str:
-        share = min(progress.fraction, 1.0)
-        cells = "#" * round(share * self._CELLS)
-        rate = format_bytes(round(progress.bytes_done / progress.elapsed_s))
-        left_s = progress.elapsed_s / share - progress.elapsed_s if share else math.inf
-        left = f"{left_s:.0f} s left" if math.isfinite(left_s) else ""
-        return f"[{cells:<{self._CELLS}}] {share:4.0%}  {format_bytes(progress.bytes_done)}  {rate}/s  {left}"
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
 
 
 _Command = Callable[[argparse.Namespace, _Output, ProgressBar], int]

@@ -4,12 +4,14 @@ A save is an *attempt*. It writes all its objects below a data directory whose n
 every one of them is durable, publishes the manifest, which names that directory. There is exactly one instant at
 which anything changes for a reader: the rename of the manifest.
 
-    1. begin     choose a new name ``data-<attempt>``; look whether a checkpoint is there already
+    1. begin     look whether a checkpoint is there already; make and hold a new directory ``data-<attempt>``
     2. write     objects below it, each synced before it counts as written            (`_persist`)
     3. metadata  the ``zarr.json`` objects, synced too
     4. sync      every directory that got a new entry, from the leaves to the root
     5. publish   manifest to a temporary name, sync, rename, sync the directory       <- the commit
     6. sweep     an overwrite deletes the data directory that the old manifest named
+
+`retract` deletes a checkpoint in the opposite order: the manifest first, durably, then the rest.
 
 A crash before 5 leaves the old manifest, or none, and a data directory that nothing names. A crash in 5 leaves the old
 manifest or the new one, since a rename is atomic, and a temporary file that nothing names. A crash in 6 leaves both
@@ -18,8 +20,9 @@ storage keeps its promise on fsync: when the new name of the manifest is durable
 
 Nothing old is deleted before 5 is durable, so that an overwrite never has a moment without a whole checkpoint. Nothing
 but the manifest is ever renamed, so that the same order of steps works on object stores, and nothing in a checkpoint
-is an absolute path, so that ``cp -r`` of it is valid. Data directories of other attempts are left alone, for their
-writer may be alive; the manager, which owns its directory, sweeps them.
+is an absolute path, so that ``cp -r`` of it is valid. Data directories of other attempts are left alone by a save, for
+their writer may be alive; the manager, which owns its directory, sweeps them: a living writer holds its data directory
+(`Hold`), and one whose directory was swept all the same fails in 4, where that directory must be there.
 
 Deliberately not here: which objects there are (`_layout`), and what the manifest says (`_manifest`).
 """
@@ -42,8 +45,12 @@ from ._manifest import (
     encode_manifest,
     parse_manifest,
 )
-from ._store import LocalStore, Store
+from ._store import Hold, Store
 from ._zarr import METADATA_NAME, group_metadata
+
+# In the directory of a step: the retention of its manager keeps it.
+PIN_NAME = "pinned"
+_TEMPORARY = ".tmp-"
 
 # Commits of one process take turns, so that of several overwrites of one path each removes the one that it replaced.
 _commit_lock = threading.Lock()
@@ -59,6 +66,8 @@ class Attempt:
         self._may_overwrite = may_overwrite
         self._objects: list[StoredObject] = []
         self._is_publishing = False
+        self.store.make_directory(self.data)
+        self._hold: Hold | None = self.store.hold_alone(self.data)
 
     def put_metadata(self, name: str, data: bytes) -> None:
         """Writes a metadata object below the data directory and remembers its checksum."""
@@ -92,7 +101,12 @@ class Attempt:
             # The new checkpoint exists, whatever becomes of the old one's objects.
             with contextlib.suppress(OSError):
                 self.store.delete_tree(old_data)
+        self._end_hold()
         return len(data)
+
+    def _end_hold(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
 
     def _data_to_replace(self) -> str | None:
         """Data directory of the checkpoint that is there now, which may be younger than this attempt."""
@@ -126,12 +140,12 @@ class Attempt:
 
         It is when only the sync after the rename failed, and when somebody interrupts the sweep.
         """
-        if self.is_committed():
-            return
-        with contextlib.suppress(OSError):
-            self.store.delete_tree(self.data)
-        if isinstance(self.store, LocalStore) and not self.store.exists(MANIFEST_NAME):
-            self.store.remove_if_empty()
+        if not self.is_committed():
+            with contextlib.suppress(OSError):
+                self.store.delete_tree(self.data)
+            if not self.store.exists(MANIFEST_NAME):
+                self.store.remove_if_empty()
+        self._end_hold()
 
     def _put(self, name: str, data: bytes) -> None:
         self.store.put(name, data)
@@ -154,3 +168,69 @@ def begin(store: Store, *, may_overwrite: bool) -> Attempt:
 
 def _exists_message(store: Store) -> str:
     return f"a checkpoint is already at {store.path!r}\npass overwrite=True to replace it, or choose another path"
+
+
+def retract(store: Store) -> bool:
+    """Deletes a checkpoint; False when somebody is reading it, and then nothing is deleted.
+
+    The manifest goes first, durably: a crash in the middle leaves a directory without one, which is no checkpoint.
+    """
+    try:
+        hold = store.hold_alone(MANIFEST_NAME)
+    except FileNotFoundError:
+        hold = None
+    except BlockingIOError:
+        return False
+    store.delete(MANIFEST_NAME)
+    if hold is not None:
+        hold.release()
+    sweep(store)
+    return True
+
+
+def sweep(store: Store) -> list[str]:
+    """Deletes what attempts left that the manifest does not name, or all when there is no manifest.
+
+    What a living writer holds stays, and so does whatever jaxckpt does not write. A directory that is empty then goes.
+
+    Returns:
+      The names of what was deleted.
+    """
+    doomed: list[str] = []
+    names = store.names()
+    for name in names:
+        if not name.startswith("data-"):
+            continue
+        try:
+            hold = store.hold_alone(name)
+        except BlockingIOError:
+            return doomed  # somebody is saving here
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        # Only now: its writer may have committed it just before it let go.
+        if _is_named(store, name):
+            continue
+        store.delete_tree(name)
+        doomed.append(name)
+        if hold is not None:
+            hold.release()
+    is_checkpoint = store.exists(MANIFEST_NAME)
+    for name in names:
+        # A temporary name is a publication that a crash cut off.
+        is_cut_off = name.startswith((MANIFEST_NAME, METADATA_NAME, PIN_NAME)) and _TEMPORARY in name
+        if is_cut_off or (name in (METADATA_NAME, PIN_NAME) and not is_checkpoint):
+            store.delete(name)
+            doomed.append(name)
+    if not is_checkpoint:
+        store.remove_if_empty()
+    return doomed
+
+
+def _is_named(store: Store, data: str) -> bool:
+    """Whether the manifest names a data directory; also when the manifest is damaged, for it may."""
+    try:
+        return parse_manifest(store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), store.path).data == data
+    except FileNotFoundError:
+        return False
+    except CheckpointError:
+        return True

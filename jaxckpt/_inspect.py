@@ -20,7 +20,7 @@ import numpy as np
 from ._config import PIECE_BYTES, RestoreOptions
 from ._errors import FormatError, Problem, printable, printable_key
 from ._layout import flat_boxes
-from ._progress import Progress, ProgressMeter
+from ._progress import Progress, ProgressMeter, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._resharding import ReadExecutor, plan_reads
 from ._shardings import Box, format_sharding
@@ -259,16 +259,6 @@ def format_value(value: Any) -> str:
 def format_date(seconds: float) -> str:
     """Seconds since 1970 as ISO 8601, UTC."""
     return dt.datetime.fromtimestamp(seconds, dt.UTC).isoformat(timespec="seconds")
-
-
-def format_bytes(nbytes: int) -> str:
-    """A number of bytes for people: ``1.50 GiB``."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{int(size)} B" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
 
 
 # --- differences ----------------------------------------------------------------------------------------------

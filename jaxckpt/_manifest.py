@@ -32,6 +32,7 @@ from ._keys import are_keys_of_nodes, validate_nodes
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.msgpack"
+ITEMS_NAME = "items/0"  # below the data directory; the number is that of the process
 MANIFEST_BYTES_MAX = (1 << 32) + 64  # msgpack has no longer payload, and the rest of the frame is shorter
 CHECKSUM_BYTES = 16
 
@@ -43,8 +44,12 @@ PIECE_ALIGNMENT = 4096
 OWN_OBJECT = -1  # in the pack column: the chunk is an object of its own
 
 _MAGIC = "jaxckpt"
+# The frame up to its checksum: an array of three, a string of seven, 16 bytes.
+_HEAD = b"\x93\xa7jaxckpt\xc4\x10"
+MANIFEST_HEAD_BYTES = len(_HEAD) + CHECKSUM_BYTES
 _TIME_S_MAX = 253402300800  # the year 10000, the end of dates in Python and ISO 8601
 _METADATA_BYTES_MAX = 1 << 26  # they are a few hundred bytes, and read whole
+ITEMS_BYTES_MAX = 1 << 30  # read whole too; what is larger belongs into the tree
 _OBJECT_BYTES_MAX = 1 << 50  # keeps all sums of the columns far from the end of int64
 # Of the stored form. NumPy's limit; Zarr readers stop at 32, and such an array is then no Zarr array to them.
 RANK_MAX = 64
@@ -150,7 +155,7 @@ class ChunkTable:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredObject:
-    """A small metadata object (``zarr.json``): path below the checkpoint, its length and its checksum."""
+    """A small object that holds no chunks (``zarr.json``, items): path in the checkpoint, length and checksum."""
 
     name: str
     length: int
@@ -175,6 +180,7 @@ class Manifest:
     packs: tuple[int, ...]
     chunks: ChunkTable
     objects: tuple[StoredObject, ...]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     def spec(self, leaf: int) -> LeafSpec:
         """The spec of a leaf."""
@@ -201,6 +207,12 @@ class Manifest:
     def sharding_of(self, spec: LeafSpec) -> dict[str, Any] | None:
         """The sharding descriptor of a spec."""
         return None if spec.sharding is None else self.shardings[spec.sharding]
+
+    @property
+    def items(self) -> StoredObject | None:
+        """The object that holds the items of process 0, if there are any."""
+        name = f"{self.data}/{ITEMS_NAME}"
+        return next((entry for entry in self.objects if entry.name == name), None)
 
     def pack_name(self, pack: int) -> str:
         """Path of a pack below the checkpoint."""
@@ -235,6 +247,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "created_s": manifest.created_s,
         "data": manifest.data,
         "metadata": manifest.metadata,
+        "metrics": manifest.metrics,
         "block_bytes": BLOCK_BYTES,
         "checksum": "xxh3-128",
         "tree": manifest.nodes,
@@ -279,6 +292,12 @@ def _encode_spec(spec: LeafSpec) -> dict[str, Any]:
 # --- parsing --------------------------------------------------------------------------------------------------
 
 
+def manifest_checksum(head: bytes) -> bytes | None:
+    """The checksum that a manifest carries, from its first `MANIFEST_HEAD_BYTES` bytes; None when they are no head."""
+    is_head = len(head) == MANIFEST_HEAD_BYTES and head.startswith(_HEAD)
+    return head[len(_HEAD) :] if is_head else None
+
+
 def parse_manifest(data: bytes, source: str) -> Manifest:
     """Decodes and validates a manifest.
 
@@ -300,8 +319,8 @@ def parse_manifest(data: bytes, source: str) -> Manifest:
         _fail(source, f"the manifest is malformed: {type(error).__name__}: {str(error)[:200]}", error)
 
 
-def _fail(source: str, message: str, cause: BaseException | None = None) -> NoReturn:
-    problem = Problem(None, "manifest", f"{MANIFEST_NAME}: {message}")
+def _fail(source: str, message: str, cause: BaseException | None = None, kind: str = "manifest") -> NoReturn:
+    problem = Problem(None, kind, f"{MANIFEST_NAME}: {message}")
     raise FormatError(
         f"cannot read the checkpoint {source!r}\n  {problem}\nit cannot be restored; use another checkpoint",
         [problem],
@@ -372,13 +391,14 @@ class _Parser:
             packs=tuple(self._size(length) for length in self._list("packs")),
             chunks=self._chunks(specs, spec_index),
             objects=self._objects(),
+            metrics=self._metrics(),
         )
         self._check_leaves(manifest)
         self._check_chunks(manifest)
         return manifest
 
-    def _fail(self, message: str) -> NoReturn:
-        _fail(self._source, message)
+    def _fail(self, message: str, kind: str = "manifest") -> NoReturn:
+        _fail(self._source, message, kind=kind)
 
     def _check_versions(self) -> None:
         version = self._fields["format"]
@@ -389,11 +409,13 @@ class _Parser:
             written_by = str(self._fields.get("writer", {}).get("jaxckpt", "unknown"))[:40]
             self._fail(
                 f"it needs a reader of format {min_reader}; this version reads up to {FORMAT_VERSION}. "
-                f"It was written by jaxckpt {written_by}: install that version or a newer one"
+                f"It was written by jaxckpt {written_by}: install that version or a newer one",
+                kind="version",
             )
         if self._list("features"):
             self._fail(
-                f"it uses features that this version does not know: {str(self._fields['features'])[:200]}"
+                f"it uses features that this version does not know: {str(self._fields['features'])[:200]}",
+                kind="version",
             )
         if self._fields["block_bytes"] != BLOCK_BYTES or self._fields["checksum"] != "xxh3-128":
             self._fail("it uses another block size or checksum than format 1 has")
@@ -421,6 +443,14 @@ class _Parser:
         ):
             self._fail("the versions of its writer are not texts")
         return writer
+
+    def _metrics(self) -> dict[str, float]:
+        metrics = self._fields.get("metrics", {})  # checkpoints of the first days have none
+        if not isinstance(metrics, dict) or not all(
+            isinstance(name, str) and type(value) is float for name, value in metrics.items()
+        ):
+            self._fail("its metrics are not numbers by name")
+        return metrics
 
     def _data_directory(self) -> str:
         name = self._fields["data"]
@@ -602,7 +632,8 @@ class _Parser:
         for name, length, checksum in self._list("objects"):
             if not isinstance(checksum, bytes) or len(checksum) != CHECKSUM_BYTES:
                 self._fail("an object with a bad checksum")
-            if self._size(length) > _METADATA_BYTES_MAX:
+            is_items = name == f"{self._fields['data']}/{ITEMS_NAME}"
+            if self._size(length) > (ITEMS_BYTES_MAX if is_items else _METADATA_BYTES_MAX):
                 self._fail("a metadata object beyond all reason")
             entries.append(StoredObject(self._path(name), length, checksum))
         return tuple(entries)

@@ -63,3 +63,13 @@ class ProgressMeter:
             return Progress(
                 self._phase, self._bytes_done, self._bytes_total, time.monotonic() - self._began_s
             )
+
+
+def format_bytes(nbytes: int) -> str:
+    """A number of bytes for people: ``1.50 GiB``."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{int(size)} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"

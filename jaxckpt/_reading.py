@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -20,6 +21,7 @@ import numpy as np
 from ._config import BLOCK_BYTES, PIECE_BYTES, RestoreOptions
 from ._dtypes import zarr_name
 from ._errors import CheckpointError, NotFoundError
+from ._items import decode_items
 from ._keys import rebuild
 from ._manifest import (
     MANIFEST_BYTES_MAX,
@@ -33,14 +35,14 @@ from ._manifest import (
 from ._matching import logical_shape
 from ._resharding import Destination, ReadExecutor, plan_reads
 from ._shardings import Box
-from ._store import Store, open_store
+from ._store import Hold, Store, open_store
 
 
 def open_checkpoint(path: Any) -> Checkpoint:
     """Reads the manifest at a path or URL; see `jaxckpt.open`."""
     store = open_store(path)
     try:
-        data = store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX)
+        data, hold = store.read_and_hold(MANIFEST_NAME, MANIFEST_BYTES_MAX)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(
             f"no committed checkpoint at {store.path!r}: there is no {MANIFEST_NAME}\n"
@@ -50,15 +52,22 @@ def open_checkpoint(path: Any) -> Checkpoint:
         raise CheckpointError(
             f"cannot read the checkpoint {store.path!r}: {error.strerror or error}"
         ) from error
-    return Checkpoint(store, parse_manifest(data, store.path), len(data))
+    return Checkpoint(store, parse_manifest(data, store.path), len(data), hold)
 
 
 @final
 class Checkpoint:
-    """A committed checkpoint, open for reading. `jaxckpt.open` makes these."""
+    """A committed checkpoint, open for reading. `jaxckpt.open` makes these.
 
-    def __init__(self, store: Store, manifest: Manifest, manifest_bytes: int) -> None:
+    As long as the object is there, no manager deletes the checkpoint, on this machine and wherever the file system's
+    locks reach.
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest, manifest_bytes: int, hold: Hold | None = None
+    ) -> None:
         self._store = store
+        self._hold = hold
         self._manifest = manifest
         self._leaf_of_key = {key: number for number, key in enumerate(manifest.keys)}
         self._bytes_read = manifest_bytes
@@ -72,6 +81,28 @@ class Checkpoint:
     def metadata(self) -> Any:
         """What was given as ``metadata=``."""
         return self._manifest.metadata
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was given as ``metrics=`` to a manager."""
+        return dict(self._manifest.metrics)
+
+    @functools.cached_property
+    def items(self) -> dict[str, Any]:
+        """What was given as ``items=``, read and verified; of objects, their state.
+
+        Raises:
+          CorruptError: The items are damaged.
+        """
+        entry = self._manifest.items
+        if entry is None:
+            return {}
+        executor = ReadExecutor(self._store, self._manifest, threads=1)
+        data = executor.read_metadata(entry)
+        self._bytes_read += executor.bytes_read
+        executor.raise_problems(f"read the items of {self.path!r}")
+        assert data is not None
+        return decode_items(data, self.path)
 
     @property
     def created_s(self) -> float:

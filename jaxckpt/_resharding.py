@@ -325,19 +325,24 @@ class ReadExecutor:
     def check_metadata(self, entries: Iterable[StoredObject]) -> None:
         """Verifies metadata objects."""
         for entry in entries:
-            try:
-                data = self._store.read(entry.name, entry.length)
-            except OSError as error:
-                self._report(None, "missing", f"object {entry.name}: {_describe_os_error(error)}")
-                continue
-            self._count(len(data))
-            if len(data) != entry.length:
-                message = (
-                    f"object {entry.name}: does not have the {entry.length} bytes that it was written with"
-                )
-                self._report(None, "length", message)
-            elif xxhash.xxh3_128_digest(data) != entry.checksum:
-                self._report(None, "checksum", f"object {entry.name}: its checksum differs")
+            self.read_metadata(entry)
+
+    def read_metadata(self, entry: StoredObject) -> bytes | None:
+        """A metadata object, verified; None when something is wrong with it."""
+        try:
+            data = self._store.read(entry.name, entry.length)
+        except OSError as error:
+            self._report(None, "missing", f"object {entry.name}: {_describe_os_error(error)}")
+            return None
+        self._count(len(data))
+        if len(data) != entry.length:
+            message = f"object {entry.name}: does not have the {entry.length} bytes that it was written with"
+            self._report(None, "length", message)
+            return None
+        if xxhash.xxh3_128_digest(data) != entry.checksum:
+            self._report(None, "checksum", f"object {entry.name}: its checksum differs")
+            return None
+        return data
 
     def read(self, plan: ReadPlan) -> None:
         """Fills the destinations of a plan. Damage is collected; see `raise_problems`."""

@@ -20,7 +20,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, final
 
 import jax
@@ -30,10 +30,11 @@ import numpy as np
 from ._commit import begin
 from ._config import SaveOptions, piece_bytes_for, resolve_host_bytes_max
 from ._errors import CheckpointError, WriteError
+from ._items import encode_items
 from ._keys import flatten
 from ._layout import LeafExtent, WritePlan, plan_writes
 from ._leaves import Template, inspect_leaves
-from ._manifest import ChunkTable, LeafSpec, Manifest, StoredObject
+from ._manifest import ITEMS_BYTES_MAX, ITEMS_NAME, ChunkTable, LeafSpec, Manifest, StoredObject
 from ._persist import PieceWriter
 from ._progress import Progress, ProgressMeter
 from ._shardings import describe_sharding
@@ -57,8 +58,12 @@ class CheckpointInfo:
       bytes_written: Bytes of all objects, manifest included.
       leaves: Number of leaves.
       objects: Number of objects that hold chunks.
-      blocked_s: Seconds for which the caller of the save had to wait.
+      blocked_s: Seconds for which the caller of the save had to wait, for an earlier save too.
       seconds: Seconds from the call to the commit.
+      step: Number of the checkpoint in its manager's directory, or None.
+      waited_s: The part of `blocked_s` that an earlier save of the same manager took.
+      snapshot_s: Seconds from the call until nothing more was read from the devices.
+      persist_s: Seconds from the first write to the commit; the snapshot may go on meanwhile.
     """
 
     path: str
@@ -68,6 +73,40 @@ class CheckpointInfo:
     objects: int
     blocked_s: float
     seconds: float
+    step: int | None = None
+    waited_s: float = 0.0
+    snapshot_s: float = 0.0
+    persist_s: float = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Throughput of the writing, in bytes a second."""
+        return self.bytes_written / self.persist_s if self.persist_s else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SaveContext:
+    """What comes with the tree: what is saved beside it, and what a manager knows of the save.
+
+    Attributes:
+      metadata: Plain data.
+      items: Values and objects with a state, by name.
+      metrics: Numbers by name; the values of `jax.Array` are read in the background.
+      step: Number of the checkpoint in its manager's directory.
+      waited_s: Seconds for which an earlier save made the caller wait.
+      wall_s: Says what time it is, in seconds since 1970.
+      newest_good: Says which checkpoint is there when this save fails.
+      on_progress: Told of each piece that is written.
+    """
+
+    metadata: Any = None
+    items: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any] | None = None
+    step: int | None = None
+    waited_s: float = 0.0
+    wall_s: Callable[[], float] = time.time
+    newest_good: Callable[[], str] | None = None
+    on_progress: Callable[[Progress], None] | None = None
 
 
 @final
@@ -79,15 +118,23 @@ class SaveJob:
         path: str | os.PathLike[str] | Store,
         tree: Any,
         overwrite: bool,
-        metadata: Any,
+        context: SaveContext,
         options: SaveOptions,
         *,
         is_blocking: bool,
     ) -> None:
         self._began_s = time.perf_counter()
         self._staged_s = 0.0
+        self._drained_s = 0.0
         self._is_blocking = False
-        self._metadata = _copy_metadata(metadata)
+        self._context = context
+        self._metadata = _copy_metadata(context.metadata)
+        self._metrics = _check_metrics(context.metrics or {})
+        self._items = encode_items(context.items) if context.items else None
+        if self._items is not None and len(self._items) > ITEMS_BYTES_MAX:
+            raise ValueError(
+                f"items= has {len(self._items)} bytes: what is larger than 1 GiB belongs into the tree"
+            )
         self._flat = flatten(tree)
         leaves = inspect_leaves(self._flat.keys, self._flat.leaves)
         self._flat.leaves.clear()
@@ -110,7 +157,8 @@ class SaveJob:
             options.pack_bytes_max,
             piece_bytes,
         )
-        self.meter = ProgressMeter(sum(piece.length for piece in self._plan.pieces), "snapshot")
+        total = sum(piece.length for piece in self._plan.pieces)
+        self.meter = ProgressMeter(total, "snapshot", context.on_progress)
         self._directories = _directories_for(
             self._flat.keys, self._templates, self._plan, options.pack_bytes_max
         )
@@ -118,15 +166,16 @@ class SaveJob:
             self._attempt = begin(self.store, may_overwrite=overwrite)
         except OSError as error:
             self._raise(error)
-        self._snapshot = take_snapshot(staging, leaves, self._plan, host_bytes_max, piece_bytes)
         self._staged = threading.Event()
         self._stage_failure: BaseException | None = None
         calls = [
             functools.partial(self._attempt.put_metadata, name, data)
             for name, data in self._metadata_contents().items()
         ]
-        # Last, since its threads must be ended by whoever fails from here on.
         try:
+            self._snapshot = take_snapshot(staging, leaves, self._plan, host_bytes_max, piece_bytes)
+            self._persist_began_s = time.perf_counter() - self._began_s
+            # Last, since its threads must be ended by whoever fails from here on.
             self._writer = PieceWriter(
                 self.store,
                 self._plan,
@@ -193,6 +242,7 @@ class SaveJob:
             self._raise(self._writer.failure or error, is_committed=self._attempt.is_committed())
         self.meter.enter("done")
         seconds = time.perf_counter() - self._began_s
+        waited_s = self._context.waited_s
         info = CheckpointInfo(
             path=self.store.path,
             nbytes=self._plan.nbytes,
@@ -201,8 +251,12 @@ class SaveJob:
             + manifest_bytes,
             leaves=len(self._flat.keys),
             objects=len(self._plan.objects),
-            blocked_s=seconds if self._is_blocking else self._staged_s,
-            seconds=seconds,
+            blocked_s=waited_s + (seconds if self._is_blocking else self._staged_s),
+            seconds=waited_s + seconds,
+            step=self._context.step,
+            waited_s=waited_s,
+            snapshot_s=max(self._staged_s, self._drained_s),
+            persist_s=seconds - self._persist_began_s,
         )
         _log.info(
             "saved %s: %d leaves, %d bytes in %.3f s",
@@ -217,6 +271,7 @@ class SaveJob:
         """A failure here is found again by `finish`: pieces are missing then."""
         try:
             self._snapshot.drain(self._writer.submit)
+            self._drained_s = time.perf_counter() - self._began_s
         except SnapshotGivenUpError:
             pass  # its cause is on its way to `finish`
         except BaseException as error:
@@ -235,7 +290,8 @@ class SaveJob:
     def _raise(self, error: BaseException, *, is_committed: bool = False) -> NoReturn:
         """Raises a failure in the words of this library."""
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            raise _write_error(self.store, error, is_committed) from error
+            newest_good = None if self._context.newest_good is None else self._context.newest_good()
+            raise _write_error(self.store, error, newest_good, is_committed=is_committed) from error
         raise error
 
     def _object_names(self) -> list[str]:
@@ -249,8 +305,10 @@ class SaveJob:
         return names
 
     def _metadata_contents(self) -> dict[str, bytes]:
-        """The ``zarr.json`` objects below the data directory, which make the checkpoint a Zarr group."""
+        """The ``zarr.json`` objects below the data directory, which make it a Zarr group, and the items."""
         contents: dict[str, bytes] = {METADATA_NAME: group_metadata()}
+        if self._items is not None:
+            contents[ITEMS_NAME] = self._items
         for leaf, directory in self._directories.items():
             contents[f"{directory}/{METADATA_NAME}"] = array_metadata(
                 self._flat.keys[leaf], self._spec(leaf, None)
@@ -289,7 +347,7 @@ class SaveJob:
             spec_index[leaf] = specs[identity]
         return Manifest(
             data=self._attempt.data,
-            created_s=time.time(),
+            created_s=self._context.wall_s(),
             writer=library_versions(),
             metadata=self._metadata,
             nodes=self._flat.nodes,
@@ -304,78 +362,8 @@ class SaveJob:
                 self._plan.pack, self._plan.offset, self._plan.length, bytes(self._writer.checksums)
             ),
             objects=objects,
+            metrics=_read_metrics(self._metrics),
         )
-
-
-@final
-class PendingSave:
-    """A save that goes on in the background. `jaxckpt.save_async` makes these."""
-
-    def __init__(self, job: SaveJob) -> None:
-        self._path = job.store.path
-        self._meter = job.meter
-        self._snapshot_done = threading.Event()
-        self._done = threading.Event()
-        self._info: CheckpointInfo | None = None
-        self._failure: BaseException | None = None
-        # Not a daemon: a program that ends now still finishes the save.
-        self._thread = threading.Thread(target=self._run, args=(job,), name="jaxckpt-save", daemon=False)
-        try:
-            self._thread.start()
-            job.stage()
-        except BaseException as error:  # an interrupt, too
-            # The background thread notices, cleans up and says in its own words what failed.
-            job.give_up(error)
-            if isinstance(error, RuntimeError) and self._thread.ident is None:
-                self._run(job)  # there is no background thread: the system has none left
-            self._done.wait()
-            failure = self._failure or error
-            raise failure from failure.__cause__
-
-    def _run(self, job: SaveJob) -> None:
-        try:
-            job.drain()
-            self._snapshot_done.set()
-            self._info = job.finish()
-        except BaseException as error:
-            self._failure = error
-            _log.error("%s", error)
-        finally:
-            self._snapshot_done.set()
-            self._done.set()
-
-    def wait(self, timeout_s: float | None = None) -> CheckpointInfo:
-        """Waits until the checkpoint is durable.
-
-        Args:
-          timeout_s: Most seconds to wait; None waits for ever. The save goes on after a timeout.
-
-        Raises:
-          TimeoutError: It is not durable yet.
-          CheckpointError: The save failed; nothing was committed.
-        """
-        if not self._done.wait(timeout_s):
-            raise TimeoutError(f"the save of {self._path!r} is not finished after {timeout_s} s")
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        assert self._info is not None
-        return self._info
-
-    def wait_snapshot(self, timeout_s: float | None = None) -> bool:
-        """Waits until nothing more is read from the devices; says whether that is so.
-
-        Donating needs no wait. This is for who wants the transfer out of the way of something else.
-        """
-        return self._snapshot_done.wait(timeout_s)
-
-    def done(self) -> bool:
-        """Whether the save has ended, well or not."""
-        return self._done.is_set()
-
-    def progress(self) -> Progress:
-        """How far the save is."""
-        return self._meter.read()
 
 
 @functools.lru_cache(maxsize=8)
@@ -412,6 +400,35 @@ def _copy_metadata(metadata: Any) -> Any:
     )
 
 
+def _check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers by name; those on devices are left there, and their way to the host begins."""
+    checked: dict[str, Any] = {}
+    names: list[Any] = list(metrics)
+    for name in names:
+        value = metrics[name]
+        is_number = isinstance(value, (bool, int, float)) or getattr(value, "shape", None) == ()
+        if not isinstance(name, str) or not is_number:
+            raise TypeError(f"metrics= must be numbers by name; {name!r} is {value!r:.100}")
+        if isinstance(value, jax.Array):
+            value.copy_to_host_async()
+            checked[name] = value
+        else:
+            checked[name] = float(value)
+    return checked
+
+
+def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers, waiting for devices where it must. One whose array is gone is NaN, which is never the best."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except RuntimeError:
+            _log.warning("the metric %r was deleted or donated before it could be read", name)
+            numbers[name] = math.nan
+    return numbers
+
+
 def _is_same_data(a: Any, b: Any) -> bool:
     """Whether two pieces of plain data are equal; NaN equals NaN."""
     if isinstance(a, list):
@@ -442,14 +459,14 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _write_error(store: Store, error: OSError, is_committed: bool) -> WriteError:
+def _write_error(store: Store, error: OSError, newest_good: str | None, *, is_committed: bool) -> WriteError:
     reason = error.strerror or str(error)
     place = f" ({error.filename})" if error.filename else ""
     name = errno.errorcode.get(error.errno or 0, "")
     state = (
         "the new checkpoint is in place and whole, but may be lost if the machine fails now"
         if is_committed
-        else "nothing was committed; a checkpoint that was there before is still whole"
+        else f"nothing was committed; {newest_good or 'a checkpoint that was there before is still whole'}"
     )
     message = (
         f"cannot save {store.path!r}: storage refused a write: {reason} {name}{place}\n"

@@ -10,7 +10,12 @@ the file system allows it (O_DIRECT), each file is synced once, and every direct
 before the manifest is published.
 
 Invariants: an object is created under a name that nobody used before (O_EXCL), and published objects replace the
-old ones atomically. A read never fills in for missing bytes.
+old ones atomically. A read never fills in for missing bytes. What changes a local file system goes through `Kernel`,
+so that tests can stop or fail each single call.
+
+A `Hold` keeps an object from being deleted while somebody reads it, and a directory while somebody writes into it:
+an flock(2), which ends with its process, however that ends. File systems without locks give no such protection, and
+nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -19,11 +24,12 @@ import abc
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import mmap
 import os
 import secrets
-import shutil
+import stat
 import threading
 import urllib.parse
 from collections.abc import Generator
@@ -46,6 +52,39 @@ _BOUNCE_BYTES = 2 * MIB
 _SYS_CACHESTAT = 451
 # Below this a file is written through the page cache; there is nothing to win.
 _DIRECT_BYTES_MIN = MIB
+# A process has about a thousand file descriptors: what reads so many checkpoints at once does without holding them.
+_HELD_DESCRIPTOR_MAX = 512
+
+
+class Kernel:
+    """The calls with which a `LocalStore` changes a file system. Tests bring their own, to count, fail or kill."""
+
+    open = staticmethod(os.open)
+    close = staticmethod(os.close)
+    pwrite = staticmethod(os.pwrite)
+    ftruncate = staticmethod(os.ftruncate)
+    fsync = staticmethod(os.fsync)
+    rename = staticmethod(os.rename)
+    unlink = staticmethod(os.unlink)
+    mkdir = staticmethod(os.mkdir)
+    rmdir = staticmethod(os.rmdir)
+
+
+@final
+class Hold:
+    """A lock on an object or a directory; it ends with `release`, with the last reference, or with the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Ends the hold; again and again without harm."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.release()
 
 
 class ObjectWriter(abc.ABC):
@@ -68,6 +107,11 @@ class Store(abc.ABC):
     """The objects of one checkpoint. Names are relative, with ``/`` between their parts."""
 
     path: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
 
     @property
     def wants_aligned_memory(self) -> bool:
@@ -113,6 +157,44 @@ class Store(abc.ABC):
     def exists(self, name: str) -> bool:
         """Whether an object is there."""
 
+    @abc.abstractmethod
+    def names(self) -> list[str]:
+        """First parts of the names of all objects and directories, in order; none when nothing is there."""
+
+    @abc.abstractmethod
+    def delete(self, name: str) -> None:
+        """Deletes an object durably, if it is there."""
+
+    @abc.abstractmethod
+    def child(self, name: str) -> Store:
+        """The store of what lies below a name."""
+
+    def fingerprint(self, name: str) -> Any:
+        """Something that changes when an object is replaced, or None when it is not there."""
+        return True if self.exists(name) else None
+
+    @abc.abstractmethod
+    def remove_if_empty(self) -> None:
+        """Removes the directory itself when nothing is in it; object stores have none."""
+
+    def read_and_hold(self, name: str, bytes_max: int) -> tuple[bytes, Hold | None]:
+        """As `read`; the object is not deleted as long as the hold is there, where storage can promise that."""
+        return self.read(name, bytes_max), None
+
+    def hold_alone(self, name: str) -> Hold | None:
+        """Holds an object or directory that nobody else holds; None where storage has no locks.
+
+        Raises:
+          BlockingIOError: Somebody holds it.
+          FileNotFoundError: It is not there.
+        """
+        del name
+        return None
+
+    @abc.abstractmethod
+    def make_directory(self, name: str) -> None:
+        """Makes a directory; object stores need none."""
+
 
 def open_store(path: str | os.PathLike[str] | Store) -> Store:
     """The store at a path or URL, or the one that is given; touches nothing."""
@@ -141,18 +223,20 @@ def local_path(text: str) -> str:
 class LocalStore(Store):
     """A directory of a file system."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kernel: Kernel | None = None) -> None:
         self.path = path
+        self._kernel = kernel or Kernel()
         self._lock = threading.Lock()
         # Directories that have new entries, in the order in which they were made.
         self._changed: dict[str, None] = {}
         self._known: set[str] = set()
 
     def create(self, name: str, length: int) -> ObjectWriter:
-        return _LocalWriter(self._claim(name), length, self._is_direct and length >= _DIRECT_BYTES_MIN)
+        is_direct = self._is_direct and length >= _DIRECT_BYTES_MIN
+        return _LocalWriter(self._kernel, self._claim(name), length, is_direct)
 
     def put(self, name: str, data: bytes) -> None:
-        writer = _LocalWriter(self._claim(name), len(data), False)
+        writer = _LocalWriter(self._kernel, self._claim(name), len(data), False)
         try:
             writer.write(0, np.frombuffer(data, np.uint8))
             writer.finish()
@@ -165,25 +249,26 @@ class LocalStore(Store):
             changed = list(self._changed)
             self._changed.clear()
         for directory in reversed(changed):  # entries before the directories that lead to them
-            _sync_directory(directory)
+            self._sync_directory(directory)
 
     def publish(self, name: str, data: bytes) -> None:
         target = os.path.join(self.path, name)
         self._make_directory(os.path.dirname(target))
         temporary = f"{target}.tmp-{secrets.token_hex(8)}"
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            descriptor = self._kernel.open(temporary, flags, 0o666)
             try:
-                _write_all(descriptor, 0, np.frombuffer(data, np.uint8))
-                os.fsync(descriptor)
+                _write_all(self._kernel, descriptor, 0, np.frombuffer(data, np.uint8))
+                self._kernel.fsync(descriptor)
             finally:
-                os.close(descriptor)
-            os.rename(temporary, target)
+                self._kernel.close(descriptor)
+            self._kernel.rename(temporary, target)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            with contextlib.suppress(OSError):  # the failure that matters is the one that led here
+                self._kernel.unlink(temporary)
             raise
-        _sync_directory(os.path.dirname(target))
+        self._sync_directory(os.path.dirname(target))
 
     def has_length(self, name: str, length: int) -> bool:
         return os.stat(os.path.join(self.path, name)).st_size == length
@@ -211,12 +296,97 @@ class LocalStore(Store):
             os.close(descriptor)
 
     def delete_tree(self, name: str) -> None:
-        shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
+        failures: list[OSError] = []
+        self._delete_directory(os.path.join(self.path, name), failures)
+        if failures:
+            raise failures[0]
+
+    def _delete_directory(self, directory: str, failures: list[OSError]) -> None:
+        """Deletes as much as it can, and notes what it cannot."""
+        try:
+            entries = list(os.scandir(directory))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            failures.append(error)
+            return
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                self._delete_directory(entry.path, failures)
+                continue
+            try:
+                self._kernel.unlink(entry.path)
+            except FileNotFoundError:
+                pass  # somebody else deleted it
+            except OSError as error:
+                failures.append(error)
+        try:
+            self._kernel.rmdir(directory)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            failures.append(error)
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.path))
+        except FileNotFoundError:
+            return []
+
+    def delete(self, name: str) -> None:
+        path = os.path.join(self.path, name)
+        try:
+            self._kernel.unlink(path)
+        except FileNotFoundError:
+            return
+        self._sync_directory(os.path.dirname(path))
+
+    def child(self, name: str) -> LocalStore:
+        return LocalStore(os.path.join(self.path, name), self._kernel)
+
+    def fingerprint(self, name: str) -> Any:
+        try:
+            found = os.stat(os.path.join(self.path, name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        is_file = stat.S_ISREG(found.st_mode)
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if is_file else None
 
     def remove_if_empty(self) -> None:
-        """Removes the directory itself when nothing is in it."""
         with contextlib.suppress(OSError):
-            os.rmdir(self.path)
+            self._kernel.rmdir(self.path)
+
+    def read_and_hold(self, name: str, bytes_max: int) -> tuple[bytes, Hold | None]:
+        path = os.path.join(self.path, name)
+        while True:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            hold = Hold(descriptor)
+            try:
+                is_held = _lock(descriptor, fcntl.LOCK_SH)
+            except BlockingIOError as error:  # whoever holds it alone is about to delete it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+            found = os.fstat(descriptor)
+            if found.st_nlink == 0:
+                continue  # replaced or deleted since it was opened
+            data = bytearray(min(found.st_size, bytes_max + 1))
+            count = _read_all(descriptor, 0, np.frombuffer(data, np.uint8))
+            is_kept = is_held and descriptor < _HELD_DESCRIPTOR_MAX
+            return bytes(data[:count]), hold if is_kept else None
+
+    def hold_alone(self, name: str) -> Hold | None:
+        descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
+        hold = Hold(descriptor)
+        return hold if _lock(descriptor, fcntl.LOCK_EX) else None
+
+    def make_directory(self, name: str) -> None:
+        self._make_directory(os.path.join(self.path, name))
+
+    def _sync_directory(self, path: str) -> None:
+        descriptor = self._kernel.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._kernel.fsync(descriptor)
+        finally:
+            self._kernel.close(descriptor)
 
     def _claim(self, name: str) -> str:
         """Path of a new object; its directory is there afterwards."""
@@ -236,7 +406,7 @@ class LocalStore(Store):
             self._changed[parent] = None
             for path in reversed(missing):
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(path)
+                    self._kernel.mkdir(path)
                 self._changed[path] = None
             self._changed[directory] = None
             self._known.add(directory)
@@ -254,27 +424,28 @@ class LocalStore(Store):
 class _LocalWriter(ObjectWriter):
     """A file being written; with ``is_direct`` past the page cache, if the file system can do that."""
 
-    def __init__(self, path: str, length: int, is_direct: bool) -> None:
+    def __init__(self, kernel: Kernel, path: str, length: int, is_direct: bool) -> None:
+        self._kernel = kernel
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._length = length
         self._is_direct = is_direct
         if is_direct:
             try:
-                self._descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
+                self._descriptor = kernel.open(path, flags | os.O_DIRECT, 0o666)
                 return
             except OSError as error:
                 if isinstance(error, FileExistsError):
                     raise
                 # Some file systems refuse O_DIRECT, a few of them after they have made the file.
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                    kernel.unlink(path)
                 self._is_direct = False
-        self._descriptor = os.open(path, flags, 0o666)
+        self._descriptor = kernel.open(path, flags, 0o666)
 
     def write(self, offset: int, data: Buffer) -> None:
         is_aligned = data.ctypes.data % _DIRECT_ALIGNMENT == 0 and len(data) % _DIRECT_ALIGNMENT == 0
         if is_aligned or not self._is_direct:
-            _write_all(self._descriptor, offset, data)
+            _write_all(self._kernel, self._descriptor, offset, data)
         else:
             bounce = _thread_bounce_buffer()
             for start in range(0, len(data), _BOUNCE_BYTES):
@@ -282,20 +453,20 @@ class _LocalWriter(ObjectWriter):
                 bounce[: len(part)] = part
                 padded = -(-len(part) // _DIRECT_ALIGNMENT) * _DIRECT_ALIGNMENT
                 bounce[len(part) : padded] = 0
-                _write_all(self._descriptor, offset + start, bounce[:padded])
+                _write_all(self._kernel, self._descriptor, offset + start, bounce[:padded])
 
     def finish(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         try:
             if self._is_direct and self._length % _DIRECT_ALIGNMENT:
-                os.ftruncate(descriptor, self._length)
-            os.fsync(descriptor)
+                self._kernel.ftruncate(descriptor, self._length)
+            self._kernel.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            self._kernel.close(descriptor)
 
     def abandon(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            self._kernel.close(self._descriptor)
             self._descriptor = -1
 
 
@@ -328,11 +499,22 @@ def allocate_aligned(nbytes: int, offset: int = 0) -> Buffer:
     return np.frombuffer(region, np.uint8)[lead:]
 
 
-def _write_all(descriptor: int, offset: int, data: Buffer) -> None:
+def _lock(descriptor: int, kind: int) -> bool:
+    """Locks a file or directory at once or not at all; False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _write_all(kernel: Kernel, descriptor: int, offset: int, data: Buffer) -> None:
     done = 0
     view = memoryview(data)
     while done < len(data):
-        done += os.pwrite(descriptor, view[done:], offset + done)
+        done += kernel.pwrite(descriptor, view[done:], offset + done)
 
 
 def _read_all(descriptor: int, offset: int, buffer: Buffer) -> int:
@@ -397,14 +579,6 @@ def _is_cached(descriptor: int, offset: int, length: int) -> bool:
 @functools.cache
 def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_in_memory(path: str) -> bool:
@@ -495,6 +669,24 @@ class KeyValueStore(Store):
 
         with self._plain_errors(name):
             self._store.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
+
+    def names(self) -> list[str]:
+        with self._plain_errors(""):
+            keys = self._store.list().result()
+        return sorted({key.decode(errors="surrogateescape").partition("/")[0] for key in keys})
+
+    def delete(self, name: str) -> None:
+        with self._plain_errors(name):
+            self._store.write(name, None).result()
+
+    def child(self, name: str) -> KeyValueStore:
+        return KeyValueStore(f"{self.path}/{name}")
+
+    def remove_if_empty(self) -> None:
+        """Nothing to do: a prefix without objects is not there."""
+
+    def make_directory(self, name: str) -> None:
+        """Nothing to do: a prefix is there when an object is."""
 
     def _value(self, name: str, byte_range: slice | None) -> bytes | None:
         """Bytes of an object, or None when it does not have that range."""

@@ -20,14 +20,17 @@ from .helpers import run_program
 PACKAGE = pathlib.Path(jaxckpt.__file__).resolve().parent
 
 LEVELS = (
-    ("_errors", "_progress", "_dtypes", "_config", "_shardings"),
-    ("_keys", "_store"),
+    ("_config", "_dtypes", "_errors", "_preemption", "_progress", "_schedule", "_shardings"),
+    ("_items", "_keys", "_terminal", "_retention", "_store"),
     ("_manifest",),
-    ("_layout", "_zarr", "_matching"),
-    ("_leaves", "_persist", "_commit", "_resharding"),
-    ("_snapshot", "_placement", "_reading"),
-    ("_saving", "_restoring", "_inspect"),
-    ("_checkpoint", "_cli"),
+    ("_layout", "_matching", "_zarr"),
+    ("_commit", "_leaves", "_persist", "_resharding"),
+    ("_placement", "_reading", "_snapshot", "_steps"),
+    ("_inspect", "_restoring", "_saving"),
+    ("_cli", "_pending"),
+    ("_checkpoint",),
+    ("_manager",),
+    ("_callback",),
     ("__init__", "__main__"),
 )
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -185,6 +185,21 @@ class MemoryStore(Store):
     def delete_tree(self, name: str) -> None:
         self._refuse()
 
+    def names(self) -> list[str]:
+        self._refuse()
+
+    def delete(self, name: str) -> None:
+        self._refuse()
+
+    def child(self, name: str) -> Store:
+        self._refuse()
+
+    def remove_if_empty(self) -> None:
+        self._refuse()
+
+    def make_directory(self, name: str) -> None:
+        self._refuse()
+
     def _refuse(self) -> NoReturn:
         raise NotImplementedError("this store is only read")
 

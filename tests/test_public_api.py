@@ -12,9 +12,13 @@ import pytest
 import jaxckpt
 
 PUBLIC = [
+    "Best",
     "Checkpoint",
+    "CheckpointCallback",
     "CheckpointError",
+    "CheckpointEvent",
     "CheckpointInfo",
+    "CheckpointManager",
     "CorruptError",
     "Description",
     "DiffReport",
@@ -24,6 +28,7 @@ PUBLIC = [
     "MismatchError",
     "NotFoundError",
     "PendingSave",
+    "Preemption",
     "Problem",
     "Progress",
     "RestoreOptions",
@@ -31,6 +36,7 @@ PUBLIC = [
     "SaveOptions",
     "StoredLeaf",
     "UnsupportedLeafError",
+    "Verdict",
     "VerifyReport",
     "WriteError",
     "describe",

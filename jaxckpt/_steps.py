@@ -1,0 +1,294 @@
+"""Which numbered checkpoints are in a directory, and what does it say of each?
+
+A step is a directory whose name is the prefix and a number (``step_00001200``), with a manifest in it. Nothing but the
+directory is believed: a step is there exactly while its manifest is, its time and its metrics are those of that
+manifest. Names are relative, so that the directory may be moved or copied.
+
+``checkpoint.json`` says the same for people and for other tools, and saves reading a thousand manifests: what it says
+of a step is used only if the file is as it was written (it carries a checksum), and if the checksum at the head of that
+step's manifest is the one that it was written for. It is written anew after each change, and may be lost or wrong
+without harm.
+
+Deliberately not here: when steps are saved (`_schedule`), which ones stay (`_retention`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import logging
+import math
+import re
+import threading
+from typing import Any, final
+
+import numpy as np
+import xxhash
+
+from ._commit import PIN_NAME, retract, sweep
+from ._errors import CheckpointError
+from ._manifest import (
+    MANIFEST_BYTES_MAX,
+    MANIFEST_HEAD_BYTES,
+    MANIFEST_NAME,
+    manifest_checksum,
+    parse_manifest,
+)
+from ._store import Store
+
+_log = logging.getLogger("jaxckpt")
+
+CACHE_NAME = "checkpoint.json"
+_CACHE_BYTES_MAX = 1 << 28
+_STEP_DIGITS_MAX = 18
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What a manager must know of a step.
+
+    Attributes:
+      step: Its number.
+      name: Its directory.
+      created_s: When it was committed, in seconds since 1970.
+      metrics: Numbers by name.
+      checksum: Checksum of its manifest, hexadecimal.
+    """
+
+    step: int
+    name: str
+    created_s: float
+    metrics: dict[str, float]
+    checksum: str
+
+
+@final
+class StepDirectory:
+    """The numbered checkpoints of one directory. Several threads may use it."""
+
+    def __init__(self, store: Store, prefix: str, width: int) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.=-]*", prefix) or prefix.startswith("."):
+            raise ValueError(f"prefix= must be letters, digits, '_', '-', '=' and '.', not {prefix!r}")
+        if not 1 <= width <= _STEP_DIGITS_MAX:
+            raise ValueError(f"width= must be 1 to {_STEP_DIGITS_MAX} digits, not {width}")
+        self._store = store
+        self._prefix = prefix
+        self._width = width
+        self._pattern = re.compile(re.escape(prefix) + rf"([0-9]{{1,{_STEP_DIGITS_MAX}}})")
+        self._lock = threading.Lock()
+        # Records by name, each with the fingerprint of the manifest that it was read from.
+        self._records: dict[str, tuple[Any, StepRecord]] = {}
+        self._cached: dict[str, StepRecord] | None = None
+        self._sweep_lock = threading.Lock()
+        self._busy: str | None = None  # directory of the save that this process is writing
+
+    @property
+    def path(self) -> str:
+        """Where the directory is."""
+        return self._store.path
+
+    def names(self) -> dict[int, str]:
+        """Directory of each step that has one, committed or not."""
+        names: dict[int, str] = {}
+        for name in self._store.names():
+            match = self._pattern.fullmatch(name)
+            if match is None:
+                continue
+            step = int(match[1])
+            # Of two widths for one step the manager's own counts, else the one that sorts first.
+            if step not in names or name == self._name_of(step):
+                names[step] = name
+        return names
+
+    def committed(self) -> dict[int, str]:
+        """Directory of each committed step, ascending."""
+        return {
+            step: name for step, name in sorted(self.names().items()) if self.fingerprint(name) is not None
+        }
+
+    def store_of(self, step: int) -> Store:
+        """Where a step is, or would be saved."""
+        # The usual name needs no listing.
+        usual = self._name_of(step)
+        if self.fingerprint(usual) is None:
+            usual = self.names().get(step, usual)
+        return self._store.child(usual)
+
+    def fingerprint_of(self, step: int) -> Any:
+        """As `fingerprint`, of a step."""
+        return self.store_of(step).fingerprint(MANIFEST_NAME)
+
+    def fingerprint(self, name: str) -> Any:
+        """Something that changes when the checkpoint of a directory is replaced, or None when there is none."""
+        return self._store.fingerprint(f"{name}/{MANIFEST_NAME}")
+
+    def _name_of(self, step: int) -> str:
+        return f"{self._prefix}{step:0{self._width}d}"
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    def records(self) -> list[StepRecord]:
+        """What the committed steps say of themselves, ascending; those with damaged manifests are left out."""
+        found: list[StepRecord] = []
+        with self._lock:
+            for step, name in self.committed().items():
+                record = self._record(step, name)
+                if record is not None:
+                    found.append(record)
+            present = {record.name for record in found}
+            self._records = {name: entry for name, entry in self._records.items() if name in present}
+        return found
+
+    def _record(self, step: int, name: str) -> StepRecord | None:
+        fingerprint = self.fingerprint(name)
+        known = self._records.get(name)
+        if known is not None and known[0] == fingerprint:
+            return known[1]
+        try:
+            record = self._cached_record(step, name) or self._read_record(step, name)
+        except FileNotFoundError:  # deleted since it was listed
+            return None
+        except (CheckpointError, OSError) as error:
+            _log.warning("step %d of %r cannot be read and is left alone: %s", step, self.path, error)
+            return None
+        self._records[name] = fingerprint, record
+        return record
+
+    def _cached_record(self, step: int, name: str) -> StepRecord | None:
+        """What the cache says, if it was written for this very manifest."""
+        if self._cached is None:
+            self._cached = self._read_cache()
+        record = self._cached.get(name)
+        if record is None or record.step != step:
+            return None
+        head = np.zeros(MANIFEST_HEAD_BYTES, np.uint8)
+        count = self._store.read_into(f"{name}/{MANIFEST_NAME}", 0, head)
+        checksum = manifest_checksum(head[:count].tobytes())
+        return record if checksum is not None and checksum.hex() == record.checksum else None
+
+    def _read_record(self, step: int, name: str) -> StepRecord:
+        path = f"{name}/{MANIFEST_NAME}"
+        data = self._store.read(path, MANIFEST_BYTES_MAX)
+        manifest = parse_manifest(data, f"{self.path}/{name}")
+        checksum = manifest_checksum(data[:MANIFEST_HEAD_BYTES]) or b""
+        return StepRecord(step, name, manifest.created_s, manifest.metrics, checksum.hex())
+
+    # --- changes ----------------------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> Store:
+        """Where a step will be saved; not swept until `end`."""
+        store = self.store_of(step)
+        with self._sweep_lock:
+            self._busy = store.name
+        return store
+
+    def end(self) -> None:
+        """The save that began has ended."""
+        with self._sweep_lock:
+            self._busy = None
+
+    def delete(self, step: int) -> bool:
+        """Deletes a step, marker first; False when somebody is reading it."""
+        return retract(self.store_of(step))
+
+    def sweep(self) -> None:
+        """Deletes what saves left that were never committed."""
+        for name in self._store.names():
+            if self._pattern.fullmatch(name) is None or self.fingerprint(name) is not None:
+                continue
+            with self._sweep_lock:
+                litter = [] if name == self._busy else sweep(self._store.child(name))
+            for part in litter:
+                _log.info("swept %s/%s/%s, which was never committed", self.path, name, part)
+
+    def sweep_all(self) -> None:
+        """As `sweep`, and what an overwrite left in steps that are committed."""
+        self.sweep()
+        for name in self._store.names():
+            if name.startswith(f"{CACHE_NAME}.tmp-"):
+                self._store.delete(name)
+        for name in self.committed().values():
+            child = self._store.child(name)
+            inside = child.names()
+            is_clean = sum(part.startswith("data-") for part in inside) == 1
+            if is_clean and not any(".tmp-" in part for part in inside):
+                continue
+            sweep(child)
+
+    def pin(self, step: int) -> None:
+        """Marks a committed step as one that retention keeps."""
+        self.store_of(step).publish(PIN_NAME, b"")
+
+    def unpin(self, step: int) -> None:
+        """Takes the mark away."""
+        self.store_of(step).delete(PIN_NAME)
+
+    def pinned(self, records: list[StepRecord]) -> set[int]:
+        """The steps that are marked."""
+        return {
+            record.step
+            for record in records
+            if self._store.fingerprint(f"{record.name}/{PIN_NAME}") is not None
+        }
+
+    # --- the cache --------------------------------------------------------------------------------------------
+
+    def write_cache(self) -> None:
+        """Writes what is there to ``checkpoint.json``."""
+        records = self.records()
+        entries = [_document_of(record) for record in records]
+        document = {
+            "latest": records[-1].name if records else None,
+            "checkpoints": entries,
+            "checksum": _checksum_of(entries),
+        }
+        data = (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+        with self._lock:
+            try:
+                if self._store.read(CACHE_NAME, len(data)) == data:
+                    return
+            except FileNotFoundError:
+                if not records:
+                    return
+            self._store.publish(CACHE_NAME, data)
+
+    def _read_cache(self) -> dict[str, StepRecord]:
+        """Whatever can be made of the cache; nothing else depends on it."""
+        try:
+            document = json.loads(self._store.read(CACHE_NAME, _CACHE_BYTES_MAX))
+            if document["checksum"] != _checksum_of(document["checkpoints"]):
+                return {}
+            records = [_record_of(entry) for entry in document["checkpoints"]]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return {}
+        return {record.name: record for record in records}
+
+
+def _checksum_of(entries: list[Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
+
+
+def _document_of(record: StepRecord) -> dict[str, Any]:
+    date = dt.datetime.fromtimestamp(record.created_s, dt.UTC)
+    return {
+        "step": record.step,
+        "name": record.name,
+        "time": date.isoformat(timespec="milliseconds"),
+        "time_s": record.created_s,
+        # JSON has no NaN and no infinities.
+        "metrics": {
+            name: value if math.isfinite(value) else str(value) for name, value in record.metrics.items()
+        },
+        "manifest": record.checksum,
+    }
+
+
+def _record_of(entry: dict[str, Any]) -> StepRecord:
+    return StepRecord(
+        int(entry["step"]),
+        str(entry["name"]),
+        float(entry["time_s"]),
+        {str(name): float(value) for name, value in entry["metrics"].items()},
+        str(entry["manifest"]),
+    )
