@@ -1,4 +1,4 @@
-"""A training loop in plain JAX that saves while it trains, stops cleanly when told to, and resumes by itself.
+"""A training loop in plain JAX that saves while it trains, stops cleanly on SIGTERM, and resumes by itself.
 
     python examples/loop_jax.py DIRECTORY              # 40 steps, a checkpoint every 5
     python examples/loop_jax.py DIRECTORY --steps 80   # goes on from the newest checkpoint
@@ -105,6 +105,7 @@ def main() -> None:
     batches = Batches()
 
     manager = jaxckpt.CheckpointManager(arguments.directory, save_interval_steps=arguments.save_every)
+    # Leaving it saves the last step, and waits until that is durable.
     with jaxckpt.CheckpointCallback(manager, items={"data": batches}) as callback:
         # Puts `batches` where it was, too.
         resumed = callback.on_start(like=state)

@@ -1,4 +1,4 @@
-"""Keras 3 on JAX: `fit` saves while it trains, stops cleanly when told to, and resumes in the middle of an epoch.
+"""Keras 3 on JAX: `fit` saves while it trains, stops cleanly on SIGTERM, and resumes in the middle of an epoch.
 
     python examples/loop_keras.py DIRECTORY              # 40 steps, a checkpoint every 5
     python examples/loop_keras.py DIRECTORY --steps 80   # goes on from the newest checkpoint

@@ -1,4 +1,4 @@
-"""A training loop in Flax NNX that saves while it trains, stops cleanly when told to, and resumes by itself.
+"""A training loop in Flax NNX that saves while it trains, stops cleanly on SIGTERM, and resumes by itself.
 
     python examples/loop_nnx.py DIRECTORY              # 40 steps, a checkpoint every 5
     python examples/loop_nnx.py DIRECTORY --steps 80   # goes on from the newest checkpoint
@@ -86,6 +86,7 @@ def main() -> None:
     digits = Digits()
 
     manager = jaxckpt.CheckpointManager(arguments.directory, save_interval_steps=arguments.save_every)
+    # Leaving it saves the last step, and waits until that is durable.
     with jaxckpt.CheckpointCallback(manager) as callback:
         resumed = callback.on_start(like=nnx.state((model, optimizer)))
         if resumed is not None:

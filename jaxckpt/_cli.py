@@ -3,6 +3,7 @@
 Each command is a function that takes the parsed arguments and an `_Output`, says what it found, and returns the exit
 code. With ``--json`` it says the same as one JSON document. Results go to stdout, errors and the progress bar to
 stderr. No device is touched: a checkpoint of any size can be looked into on a machine whose accelerators are busy.
+Nothing is changed but by ``prune``.
 """
 
 from __future__ import annotations
@@ -15,22 +16,36 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO, final
+from typing import Any, Literal, TextIO, final
 
 import numpy as np
 
-from ._errors import CheckpointError, CorruptError, NotFoundError, Problem, printable, printable_key
+from ._commit import PIN_NAME
+from ._errors import (
+    CheckpointError,
+    CorruptError,
+    FormatError,
+    NotFoundError,
+    Problem,
+    printable,
+    printable_key,
+)
 from ._inspect import (
     LeafDescription,
     describe,
     diff,
+    format_count,
     format_date,
+    format_metrics,
     format_value,
     verify,
 )
+from ._manager import CheckpointEvent, CheckpointManager
 from ._manifest import MANIFEST_NAME
 from ._progress import format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
+from ._retention import Best, Verdict
+from ._saving import library_versions
 from ._store import local_path
 from ._terminal import ProgressBar
 
@@ -44,9 +59,10 @@ BROKEN_PIPE = 141  # and of one that SIGPIPE ended
 _EPILOG = """\
 exit codes:
   0    done; verify: whole; diff: the same
-  1    damaged or different: verify, cat or diff found damage, ls a manifest that cannot be read, diff a difference
+  1    damaged or different: verify, cat, diff or info found damage, ls a manifest that cannot be read, diff a
+       difference; prune could not delete a step that goes
   2    wrong usage
-  3    no committed checkpoint, no such leaf, or a checkpoint that cannot be read
+  3    no committed checkpoint, no such leaf, directory or metric, or a checkpoint that cannot be read
   130  interrupted
   141  the reader of the output went away
 
@@ -65,6 +81,18 @@ Every digit that tells a number from its neighbours is printed. On a terminal mo
 --all, or a pipe, gets all of them.
 """
 
+_PRUNE_HELP = """\
+Deletes steps from the directory of a CheckpointManager, and says for each step why it stays or goes. A step stays if
+one of the rules that are given keeps it; the newest always stays, and so do steps that the manager has pinned. At
+least one rule must be given, and rules that are not given keep nothing. With --dry-run nothing is deleted.
+
+Steps that somebody is reading are not deleted. A training run may go on meanwhile. For example, the newest three and
+each thousandth:
+
+  jaxckpt prune run/ --max-to-keep 3 --keep-period 1000 --dry-run
+"""
+
+_BEST_RULE = re.compile(r"(.+?)(?::(min|max)(?::([0-9]{1,18}))?)?", re.DOTALL)
 _NUMBER_AT_END = re.compile(r"([0-9]+)$")
 _ELEMENTS_SHOWN_MAX = 1000
 _INT_BITS_MAX = 4096  # Python writes and parses no decimals of more than 4300 digits
@@ -127,6 +155,7 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"jaxckpt {library_versions()['jaxckpt']}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(
@@ -159,7 +188,68 @@ def _make_parser() -> argparse.ArgumentParser:
     command = add("diff", _diff, "compare two checkpoints leaf by leaf")
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
+    command = add(
+        "prune", _prune, "delete the steps of a manager's directory that no rule keeps", _PRUNE_HELP
+    )
+    command.add_argument("directory", metavar="DIR")
+    command.add_argument(
+        "--dry-run", action="store_true", help="say what would be deleted, and delete nothing"
+    )
+    rules = command.add_argument_group("rules")
+    rules.add_argument(
+        "--max-to-keep", type=_count_or_all, metavar="N|all", help="the newest N stay, or all of them"
+    )
+    rules.add_argument("--keep-period", type=int, metavar="N", help="each step that is a multiple of N stays")
+    rules.add_argument(
+        "--keep-interval-s", type=float, metavar="S", help="one step for each S seconds between commits stays"
+    )
+    rules.add_argument(
+        "--best",
+        type=_best_rule,
+        action="append",
+        default=[],
+        metavar="METRIC[:min|max[:K]]",
+        help="the K (1) steps with the least (min) or greatest value of a metric stay; may be repeated",
+    )
+    rules.add_argument(
+        "--time-to-live-s",
+        type=float,
+        metavar="S",
+        help="steps not older than S seconds stay; with --max-to-keep N, of the newest N those",
+    )
+    rules.add_argument(
+        "--pin",
+        type=int,
+        action="append",
+        default=[],
+        metavar="STEP",
+        help="this step stays, too; no rule by itself; may be repeated",
+    )
+    command.add_argument(
+        "--prefix", default="step_", metavar="P", help="what the names of the steps begin with (step_)"
+    )
     return parser
+
+
+def _count_or_all(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'") from None
+
+
+def _best_rule(text: str) -> Best:
+    """``METRIC[:min|max[:K]]``; the name of the metric may have colons of its own."""
+    match = _BEST_RULE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError("the name of the metric is missing")
+    metric, mode, keep = match.groups()
+    try:
+        return Best(metric, "max" if mode == "max" else "min", int(keep or 1))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @final
@@ -198,21 +288,34 @@ def _ls(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int
     found = sorted(
         _checkpoints_in(directory), key=lambda entry: (_step_of(entry["name"]) or 0, entry["name"])
     )
-    rows = [("NAME", "STEP", "BYTES", "DATE", "STATE")]
-    for entry in found:
-        size = "-" if entry["bytes"] is None else format_bytes(entry["bytes"])
-        step = "-" if entry["step"] is None else str(entry["step"])
-        rows.append((printable(entry["name"]), step, size, entry["date"] or "-", entry["state"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:<{widths[3]}}  {row[4]}"
-        for row in rows
-    ]
-    output.say("\n".join(lines) if found else f"no checkpoints in {printable(directory)}", found)
+    text = _table_of(found) if found else f"no checkpoints in {printable(directory)}"
+    output.say(text, found)
     unreadable = [entry for entry in found if entry["state"] == "unreadable"]
     for entry in unreadable:
         print(f"jaxckpt: {printable(entry['name'])}: {printable(entry['problem'])}", file=sys.stderr)
     return DIFFERS if unreadable else OK
+
+
+def _table_of(entries: list[dict[str, Any]]) -> str:
+    """The entries of `ls`, one a line; what none of them has gets no column."""
+    rows = [["NAME", "STEP", "BYTES", "DATE", "STATE", "PINNED", "METRICS"]]
+    for entry in entries:
+        step = "-" if entry["step"] is None else str(entry["step"])
+        size = "-" if entry["bytes"] is None else format_bytes(entry["bytes"])
+        pinned = "pinned" if entry["pinned"] else ""
+        metrics = format_metrics(entry["metrics"])
+        row = [printable(entry["name"]), step, size, entry["date"] or "-", entry["state"], pinned, metrics]
+        rows.append(row)
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    lines: list[str] = []
+    for row in zip(*columns, strict=True):
+        cells: list[str] = []
+        for column, cell in zip(columns, row, strict=True):
+            width = max(map(len, column))
+            is_number = column[0] in ("STEP", "BYTES")
+            cells.append(cell.rjust(width) if is_number else cell.ljust(width))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _checkpoints_in(directory: str) -> Iterator[dict[str, Any]]:
@@ -241,7 +344,8 @@ def _state_of(path: str) -> str | None:
 
 
 def _entry(name: str, path: str) -> dict[str, Any]:
-    entry = {"name": name, "step": _step_of(name), "bytes": None, "date": None, "state": "uncommitted"}
+    entry: dict[str, Any] = {"name": name, "step": _step_of(name), "bytes": None, "date": None}
+    entry |= {"state": "uncommitted", "pinned": os.path.isfile(os.path.join(path, PIN_NAME)), "metrics": {}}
     try:
         checkpoint = open_checkpoint(path)
     except NotFoundError:
@@ -250,7 +354,8 @@ def _entry(name: str, path: str) -> dict[str, Any]:
         problem = str(error.problems[0]) if error.problems else str(error)
         return entry | {"state": "unreadable", "problem": problem}
     date = format_date(checkpoint.created_s)
-    return entry | {"bytes": checkpoint.nbytes, "date": date, "state": "committed"}
+    metrics = checkpoint.metrics
+    return entry | {"bytes": checkpoint.nbytes, "date": date, "state": "committed", "metrics": metrics}
 
 
 def _step_of(name: str) -> int | None:
@@ -260,21 +365,34 @@ def _step_of(name: str) -> int | None:
 
 
 def _info(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
-    del bar
-    found = describe(arguments.checkpoint)
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    found = describe(checkpoint)
+    damage: CheckpointError | None = None
+    names: list[str] | None = None
+    try:
+        names = list(checkpoint.items)
+    except (CorruptError, FormatError) as error:
+        damage = error
     document = {
         "path": found.path,
         "created": found.created,
         "writer": found.writer,
         "metadata": found.metadata,
+        "metrics": found.metrics,
+        "items": names,
+        "items_bytes": found.items_bytes,
         "bytes": found.nbytes,
         "stored_bytes": found.stored_bytes,
         "objects": found.objects,
         "leaves": len(found.leaves),
     }
-    text = "\n".join(printable(line) for line in str(found).partition("\n\n")[0].splitlines())
-    output.say(text, document)
-    return OK
+    lines = [printable(line) for line in str(found).partition("\n\n")[0].split("\n")]
+    if found.items_bytes:
+        lines[-1] += ": damaged" if names is None else ": " + printable(", ".join(names))
+    output.say("\n".join(lines), document)
+    if damage is None:
+        return OK
+    return _complain(bar, damage, DIFFERS)
 
 
 def _tree(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
@@ -398,6 +516,93 @@ def _diff(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> i
     }
     output.say(_printable_lines(str(report)), document)
     return OK if report.same else DIFFERS
+
+
+def _prune(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
+    del bar
+    directory = local_path(arguments.directory)
+    if "://" not in directory and not os.path.isdir(directory):
+        raise _MissingError(f"there is no directory {directory!r}")
+    in_use: set[int] = set()
+
+    def note(event: CheckpointEvent) -> None:
+        if event.kind == "in use":
+            in_use.add(event.step)
+
+    manager = _manager_for(arguments, note)
+    verdicts = manager.explain()
+    for best in arguments.best:
+        # A name with a typo would delete what it should keep.
+        if verdicts and manager.best_step(best) is None:
+            raise _MissingError(
+                f"no step has a number as its metric {best.metric!r}; nothing was deleted\n"
+                f"jaxckpt ls {printable(directory)} shows the metrics"
+            )
+    if not arguments.dry_run:
+        manager.prune()
+    left = set(manager.steps())
+    lines: list[str] = []
+    steps: list[dict[str, Any]] = []
+    for verdict in verdicts:
+        is_deleted = verdict.step not in left
+        document = {
+            "step": verdict.step,
+            "kept": verdict.is_kept,
+            "deleted": is_deleted,
+            "in_use": verdict.step in in_use,
+            "reasons": verdict.reasons,
+        }
+        steps.append(document)
+        past = _past_tense_of(verdict, is_deleted=is_deleted, is_in_use=verdict.step in in_use)
+        lines.append(str(verdict) if arguments.dry_run else past)
+    chosen = sum(not step["kept"] if arguments.dry_run else step["deleted"] for step in steps)
+    tense = "would be deleted" if arguments.dry_run else "deleted"
+    lines.append(f"{chosen} of {format_count(len(steps), 'step', 'steps')} {tense}")
+    text = (
+        "\n".join(lines)
+        if steps
+        else f"no steps {printable(arguments.prefix)}<number> in {printable(directory)}"
+    )
+    output.say(text, {"directory": manager.directory, "dry_run": arguments.dry_run, "steps": steps})
+    is_done = arguments.dry_run or all(step["kept"] or step["deleted"] for step in steps)
+    return OK if is_done else DIFFERS
+
+
+def _manager_for(
+    arguments: argparse.Namespace, on_event: Callable[[CheckpointEvent], None]
+) -> CheckpointManager:
+    """A manager that keeps what the rules on the command line keep, and nothing by default."""
+    ages = (arguments.time_to_live_s, arguments.keep_interval_s, arguments.keep_period, arguments.max_to_keep)
+    if not arguments.best and all(rule is None for rule in ages):
+        raise _UsageError("give at least one rule for what stays, for example --max-to-keep 5")
+    max_to_keep = arguments.max_to_keep
+    if max_to_keep is None:
+        # The newest stays anyway. A time to live says which of the recent steps expire: of all of them.
+        max_to_keep = "all" if arguments.time_to_live_s is not None else 1
+    try:
+        return CheckpointManager(
+            arguments.directory,
+            max_to_keep=None if max_to_keep == "all" else max_to_keep,
+            keep_period=arguments.keep_period,
+            keep_interval_s=arguments.keep_interval_s,
+            best=arguments.best,
+            time_to_live_s=arguments.time_to_live_s,
+            pinned=arguments.pin,
+            prefix=arguments.prefix,
+            on_event=on_event,
+        )
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
+
+
+def _past_tense_of(verdict: Verdict, *, is_deleted: bool, is_in_use: bool) -> str:
+    if is_deleted:
+        fate = "was deleted"
+    elif verdict.is_kept:
+        fate = "was kept"
+    else:
+        fate = "is being read and was not deleted" if is_in_use else "could not be deleted"
+    return f"step {verdict.step} {fate}: {'; '.join(verdict.reasons)}"
 
 
 def _printable_lines(text: str) -> str:

@@ -12,7 +12,7 @@ import datetime as dt
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ class VerifyReport:
         if self.ok:
             return f"{self.path}: whole, {self.bytes_read} bytes verified in {self.seconds:.2f} s"
         lines = [
-            f"{self.path}: {len(self.problems)} problems",
+            f"{self.path}: {format_count(len(self.problems), 'problem', 'problems')}",
             *(f"  {problem}" for problem in self.problems),
         ]
         return "\n".join(lines)
@@ -150,8 +150,10 @@ class Description:
       created: When it was committed, ISO 8601, UTC.
       writer: Versions of the libraries that wrote it.
       metadata: What was given as ``metadata=``.
+      metrics: What was given as ``metrics=`` to a manager.
+      items_bytes: Bytes of the items; 0 when there are none. `Checkpoint.items` reads them.
       nbytes: Bytes of all arrays.
-      stored_bytes: Bytes of all objects with chunks and metadata.
+      stored_bytes: Bytes of all objects with chunks, metadata and items.
       objects: Number of those objects.
       leaves: One `LeafDescription` for each leaf, in the order of the tree.
     """
@@ -160,6 +162,8 @@ class Description:
     created: str
     writer: dict[str, str]
     metadata: Any
+    metrics: dict[str, float]
+    items_bytes: int
     nbytes: int
     stored_bytes: int
     objects: int
@@ -170,11 +174,15 @@ class Description:
         lines = [
             f"checkpoint  {self.path}",
             f"committed   {self.created} by {versions}",
-            f"holds       {len(self.leaves)} leaves, {format_bytes(self.nbytes)}",
-            f"stored in   {self.objects} objects, {format_bytes(self.stored_bytes)}",
+            f"holds       {format_count(len(self.leaves), 'leaf', 'leaves')}, {format_bytes(self.nbytes)}",
+            f"stored in   {format_count(self.objects, 'object', 'objects')}, {format_bytes(self.stored_bytes)}",
         ]
         if self.metadata is not None:
             lines.append(f"metadata    {self.metadata!r}")
+        if self.metrics:
+            lines.append(f"metrics     {format_metrics(self.metrics)}")
+        if self.items_bytes:
+            lines.append(f"items       {format_bytes(self.items_bytes)}")
         return "\n".join([*lines, "", self.table()])
 
     def table(self) -> str:
@@ -221,6 +229,8 @@ def describe(path: Path | Checkpoint) -> Description:
         created=format_date(manifest.created_s),
         writer=checkpoint.writer,
         metadata=checkpoint.metadata,
+        metrics=checkpoint.metrics,
+        items_bytes=0 if manifest.items is None else manifest.items.length,
         nbytes=checkpoint.nbytes,
         stored_bytes=int(manifest.chunks.length.sum()) + sum(entry.length for entry in manifest.objects),
         objects=own_objects + len(manifest.packs) + len(manifest.objects),
@@ -254,6 +264,16 @@ def format_value(value: Any) -> str:
         return repr(value)
     except ValueError:
         return hex(value)
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Numbers by name, to six digits, in one line."""
+    return " ".join(f"{printable(name)}={value:g}" for name, value in metrics.items())
+
+
+def format_count(count: int, one: str, many: str) -> str:
+    """As in "1 leaf" and "2 leaves"."""
+    return f"{count} {one if count == 1 else many}"
 
 
 def format_date(seconds: float) -> str:
@@ -292,7 +312,7 @@ class DiffReport:
         lines = [f"only in {self.a}: {printable_key(key)}" for key in self.only_in_a]
         lines += [f"only in {self.b}: {printable_key(key)}" for key in self.only_in_b]
         lines += [str(problem) for problem in self.changed]
-        lines.append(f"{self.equal} leaves are equal")
+        lines.append(format_count(self.equal, "leaf is equal", "leaves are equal"))
         return "\n".join(lines)
 
 

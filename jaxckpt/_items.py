@@ -50,8 +50,8 @@ from ._errors import (
 DEPTH_MAX = 100
 
 # Of one item, each number in a list counting as one. A list of which every member is the same shorter list, and so on,
-# needs no memory but would never be written to its end.
-_VALUES_MAX = 1 << 24
+# needs no memory but would never be written to its end; it is refused in seconds.
+_VALUES_MAX = 1 << 22
 
 # The longest string, bytes or array that msgpack can hold.
 _BYTES_MAX = (1 << 32) - 1
@@ -194,14 +194,13 @@ class _Encoder:
         except _RefusedError as refusal:
             self._note(str(refusal))
         except _TooManyValuesError:
-            self._place.clear()
             self._note(f"holds more than {self._values_max} values; store long lists of numbers as arrays")
         return None
 
     def _note(self, message: str) -> None:
         place = "".join(_step_text(step) for step in self._place)
         where = f"item {self._name!r}: {place}: " if place else f"item {self._name!r}: "
-        self.problems.append(Problem(None, "leaf", printable(where) + message))
+        self.problems.append(Problem(None, "leaf", printable(where + message)))
 
     def _encode(self, value: Any) -> Any:
         self._values_left -= 1
@@ -472,10 +471,10 @@ def _decode_form(form: _Form, members: list[Any]) -> Any:
 
 
 def _decode_dict(members: list[Any]) -> dict[Any, Any]:
+    if len(members) % 2:
+        raise ValueError("a dict whose last key has no value")
     keys = members[::2]
     values = members[1::2]
-    if len(keys) != len(values):
-        raise ValueError("a dict whose last key has no value")
     if not all(_is_key(key) for key in keys):
         raise ValueError("a dict with a key that is neither a scalar nor a tuple of scalars")
     decoded = dict(zip(keys, values, strict=True))

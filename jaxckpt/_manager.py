@@ -350,19 +350,19 @@ class CheckpointManager:
         with self._lock:
             self._last_step = step
         self._schedule.note_saved(step)
+        job: SaveJob | None = None
         try:
             job = SaveJob(store, call.tree, True, context, self._options, is_blocking=False)
             self._pending, self._pending_step = pending, step
             self._idle = [old for old in self._idle if old.is_busy()]
             self._idle.append(pending)
             pending.start(job)
-        except BaseException as error:
-            if not pending.done():
-                self._directory.end()
-                with self._lock:
-                    self._last_step = None
-            if not isinstance(error, CheckpointError) or isinstance(error, UnsupportedLeafError):
-                pending.mark_seen()
+        except BaseException as error:  # an interrupt, too
+            if not pending.done() and job is not None:
+                job.abandon(error)
+            is_of_the_caller = not isinstance(error, CheckpointError) or isinstance(error, UnsupportedLeafError)
+            if is_of_the_caller:
+                self._forget(pending)
                 raise
             if not pending.done():
                 pending.fail(error)
@@ -371,6 +371,16 @@ class CheckpointManager:
         self._unsaved = None
         self._has_answered_preemption |= reason == _PREEMPTED
         return pending
+
+    def _forget(self, pending: PendingSave) -> None:
+        """The caller's mistake, or an interrupt, ended a save: it is raised there, and nowhere else."""
+        self._directory.end()
+        pending.mark_seen()
+        if self._pending is pending:
+            self._pending = None
+        with self._lock:
+            self._last_step = None
+            self._failures = [failed for failed in self._failures if failed is not pending]
 
     def _in_flight(self) -> PendingSave | None:
         """The save that is not done yet."""
@@ -614,7 +624,8 @@ class CheckpointManager:
         return self._directory.store_of(step)
 
     def _is_damaged(self, step: int) -> bool:
-        return step in self._damaged and self._damaged[step] == self._directory.fingerprint_of(step)
+        fingerprint = self._damaged.get(step)
+        return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
 
     # --- restoring --------------------------------------------------------------------------------------------
 

@@ -66,7 +66,8 @@ class PieceWriter:
         self._object_locks = [threading.Lock() for _ in plan.objects]
         for call in first_calls:
             self._queue.put(functools.partial(self._call, call))
-        count = min(threads, len(plan.pieces) + len(first_calls))
+        # Starting a thread is what a small save blocks its caller for: two do for a piece and a few metadata objects.
+        count = min(threads, max(2, len(plan.pieces)), len(plan.pieces) + len(first_calls))
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxckpt-write-{number}") for number in range(count)
         ]

@@ -1,10 +1,10 @@
 """Will this process be ended soon, and after which step do all processes stop for it?
 
 A cluster announces the end of a process by a signal, mostly SIGTERM, and kills it some seconds later. The handler that
-`Preemption` installs notes the time and the number of the signal and returns. The training loop asks once a step, by
-`Preemption.is_requested`, and saves when the answer is yes. Nothing else happens in the handler: it runs between any
-two bytecodes of the main thread, which may hold the lock of a logger at that moment, so that the log line is written by
-the next `is_requested`.
+`Preemption` installs notes the time and the signal, calls the handler that was there before, and returns. The training
+loop asks once a step, by `Preemption.is_requested`, and saves when the answer is yes. The handler takes no lock and logs
+nothing: it runs between any two bytecodes of the main thread, which may hold the lock of a logger at that moment. The
+log line is written by the next `is_requested`.
 
 Processes of one ``jax.distributed`` job must stop after the same step, or some of them wait for ever in a collective.
 JAX has a service for that. ``jax.distributed.initialize`` replaces the handler of SIGTERM by one in C++, unless
@@ -256,12 +256,13 @@ class _SyncPoints:
             if service is not self._service:
                 self._start_over()
                 self._service = service
-            if not self._is_reached and step != self._step:
+            # The service says yes to one count only, and several objects may be asked after different steps.
+            if self._is_reached:
+                return True
+            if step != self._step:
                 self._step = step
                 self._count += 1
-            # The service may have been told between two calls for one step; it never answers yes to an old count.
-            if not self._is_reached:
-                self._is_reached = _ask_jax(self._count)
+            self._is_reached = _ask_jax(self._count)
             return self._is_reached
 
     def _start_over(self) -> None:

@@ -222,6 +222,11 @@ class SaveJob:
         self._release_snapshot()
         self._staged.set()
 
+    def abandon(self, error: BaseException) -> None:
+        """Ends a save of which no other method was called."""
+        self.give_up(error)
+        self._clean_up(error)
+
     def drain(self) -> None:
         """Hands the writer what the snapshot still holds, and waits until it was staged whole."""
         self._drain_quietly()
@@ -347,7 +352,7 @@ class SaveJob:
             spec_index[leaf] = specs[identity]
         return Manifest(
             data=self._attempt.data,
-            created_s=self._context.wall_s(),
+            created_s=max(0.0, self._context.wall_s()),  # a clock that was never set may be before 1970
             writer=library_versions(),
             metadata=self._metadata,
             nodes=self._flat.nodes,

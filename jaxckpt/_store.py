@@ -32,6 +32,7 @@ import secrets
 import stat
 import threading
 import urllib.parse
+import weakref
 from collections.abc import Generator
 from typing import Any, final
 
@@ -52,6 +53,8 @@ _BOUNCE_BYTES = 2 * MIB
 _SYS_CACHESTAT = 451
 # Below this a file is written through the page cache; there is nothing to win.
 _DIRECT_BYTES_MIN = MIB
+# The first bytes of a manifest tell it from every other one, for its checksum is among them.
+_FINGERPRINT_BYTES = 64
 # A process has about a thousand file descriptors: what reads so many checkpoints at once does without holding them.
 _HELD_DESCRIPTOR_MAX = 512
 
@@ -76,6 +79,8 @@ class Hold:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        _forget_holds_in_forks()
+        _holds.add(self)
 
     def release(self) -> None:
         """Ends the hold; again and again without harm."""
@@ -85,6 +90,20 @@ class Hold:
 
     def __del__(self) -> None:
         self.release()
+
+
+_holds: weakref.WeakSet[Hold] = weakref.WeakSet()
+
+
+@functools.cache
+def _forget_holds_in_forks() -> None:
+    """A forked worker shares the locks, and would keep them as long as it lives; what it closes, its parent keeps."""
+    os.register_at_fork(after_in_child=_release_all)
+
+
+def _release_all() -> None:
+    for hold in list(_holds):
+        hold.release()
 
 
 class ObjectWriter(abc.ABC):
@@ -374,7 +393,12 @@ class LocalStore(Store):
             return bytes(data[:count]), hold if is_kept else None
 
     def hold_alone(self, name: str) -> Hold | None:
-        descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
+        path = os.path.join(self.path, name)
+        try:
+            # NFS locks a file alone only for who may write it.
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except (IsADirectoryError, PermissionError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         hold = Hold(descriptor)
         return hold if _lock(descriptor, fcntl.LOCK_EX) else None
 
@@ -681,6 +705,12 @@ class KeyValueStore(Store):
 
     def child(self, name: str) -> KeyValueStore:
         return KeyValueStore(f"{self.path}/{name}")
+
+    def fingerprint(self, name: str) -> Any:
+        try:
+            return self._value(name, slice(0, _FINGERPRINT_BYTES))
+        except FileNotFoundError:
+            return None
 
     def remove_if_empty(self) -> None:
         """Nothing to do: a prefix without objects is not there."""

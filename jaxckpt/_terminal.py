@@ -47,6 +47,7 @@ class ProgressBar:
             if self._is_drawn:
                 self._write("\r\x1b[K")
             self._is_drawn = False
+            self._drawn_s = -math.inf
 
     def _line(self, progress: Progress) -> str:
         share = min(progress.fraction, 1.0)

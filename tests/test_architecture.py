@@ -27,10 +27,10 @@ LEVELS = (
     ("_commit", "_leaves", "_persist", "_resharding"),
     ("_placement", "_reading", "_snapshot", "_steps"),
     ("_inspect", "_restoring", "_saving"),
-    ("_cli", "_pending"),
+    ("_pending",),
     ("_checkpoint",),
     ("_manager",),
-    ("_callback",),
+    ("_callback", "_cli"),
     ("__init__", "__main__"),
 )
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}

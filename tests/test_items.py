@@ -101,11 +101,16 @@ def filled(dtype: np.dtype[Any], shape: tuple[int, ...], seed: int = 0) -> np.nd
         array = np.ndarray((count,), dtype, bytearray(count * dtype.itemsize))
         array[:] = text
         return array.reshape(shape)
+    if dtype == STRUCTURED:
+        array = np.zeros(shape, dtype)
+        array["count"] = generator.integers(100, size=shape)
+        array["box"] = generator.normal(size=(*shape, 2, 3))
+        array["name"] = "né"
+        array["inner"]["flag"] = True
+        return array
     data = bytearray(generator.bytes(count * dtype.itemsize))
     if dtype.kind == "b":
         data = bytearray(byte & 1 for byte in data)
-    if dtype == STRUCTURED:  # not every pattern of bits is a text or a bool
-        data = bytearray(len(data))
     return np.ndarray(shape, dtype, data)
 
 
@@ -549,6 +554,7 @@ class Point(NamedTuple):
         ({frozenset(): 1}, "has a dict key of type frozenset"),
         ({(1, (2,)): 1}, "has a dict key of type tuple"),
         ({Level.LOW: 1}, "has a dict key of type"),
+        ({np.frombuffer(b"x", [("a", "i1")])[0]: 1}, "has a dict key of type numpy.void"),
         (jax.ShapeDtypeStruct((1,), "int8"), "ShapeDtypeStruct; store None"),
         (np.zeros(1 << 33, np.int8), "has 8589934592 bytes"),
         (np.broadcast_to(np.int64(1), 1 << 30), "has 8589934592 bytes"),
@@ -598,7 +604,7 @@ def test_every_refusal_is_told_with_its_place() -> None:
 
 def test_messages_disturb_no_terminal() -> None:
     with pytest.raises(UnsupportedLeafError) as raised:
-        encode_items({"\x1b[2J": {"\x1b\n": set()}})
+        encode_items({"\x1b[2J": {"\x1b\n": type("\x1b", (), {})()}})
     assert str(raised.value).replace("\n", "").isprintable()
 
 
@@ -668,7 +674,7 @@ def test_a_small_object_that_stands_for_endless_values_is_refused() -> None:
     assert [problem.message for problem in encoder.problems] == [
         "item 'item': holds more than 10000 values; store long lists of numbers as arrays"
     ]
-    assert _Encoder("item")._values_left == _VALUES_MAX == 1 << 24
+    assert _Encoder("item")._values_left == _VALUES_MAX == 1 << 22
 
 
 def test_as_many_values_as_are_allowed_are_encoded() -> None:
@@ -698,15 +704,17 @@ def test_the_encoding_is_the_specified_one() -> None:
     """These bytes are for ever: checkpoints hold them."""
     small = np.array([[1], [2]], np.uint8)
     items = {"a": [None, True, -1, 0.5, "é", b"b"], "t": (1,), "d": {1: "x"}, "n": small, "s": np.int16(-2)}
-    items |= {"i": -(1 << 64), "c": 1 + 2j}
+    items |= {"i": -(1 << 64), "j": -(1 << 71), "u": (1 << 64) - 1, "c": 1 + 2j}
     want = bytes.fromhex(
-        "87"
+        "89"
         "a161 96 c0 c3 ff cb3fe0000000000000 a2c3a9 c40162"
         "a174 92 c70003 01"
         "a164 93 c70004 01 a178"
         "a16e 95 c70005 a575696e7438 c4020102 02 01"
         "a173 93 c70006 a5696e743136 c402feff"
-        "a169 c709 01 0000000000000000ff"
+        "a169 c709 01 0000000000000000 ff"
+        "a16a c709 01 0000000000000000 80"
+        "a175 cfffffffffffffffff"
         "a163 d802 000000000000f03f 0000000000000040"
     )
     assert encode_items(items) == want

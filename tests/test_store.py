@@ -13,9 +13,9 @@ import pytest
 import tensorstore as ts
 
 import jaxckpt
-from jaxckpt._store import open_store
+from jaxckpt._store import LocalStore, open_store
 
-from .helpers import assert_same_tree
+from .helpers import assert_same_tree, run_program
 
 ODD_NAMES = ["with a space", "50%", "100%25", "#1?", "日本", "a\nb"]
 
@@ -157,3 +157,86 @@ def test_metadata_that_would_come_back_different_is_refused(path: pathlib.Path, 
     with pytest.raises(TypeError, match="metadata= must be plain data"):
         jaxckpt.save(path, {}, metadata=metadata)
     assert not path.exists()
+
+
+# --- holds ----------------------------------------------------------------------------------------------------
+
+
+def held_file(tmp_path: pathlib.Path) -> LocalStore:
+    (tmp_path / "file").write_bytes(b"contents")
+    return LocalStore(str(tmp_path))
+
+
+def test_what_is_read_cannot_be_held_alone_until_the_reader_lets_go(tmp_path: pathlib.Path) -> None:
+    store = held_file(tmp_path)
+    data, hold = store.read_and_hold("file", 100)
+    assert data == b"contents"
+    assert hold is not None
+    with pytest.raises(BlockingIOError):
+        store.hold_alone("file")
+    hold.release()
+    hold.release()
+    assert store.hold_alone("file") is not None
+
+
+def test_several_readers_hold_one_object(tmp_path: pathlib.Path) -> None:
+    store = held_file(tmp_path)
+    _, first = store.read_and_hold("file", 100)
+    _, second = store.read_and_hold("file", 100)
+    assert first is not None
+    first.release()
+    with pytest.raises(BlockingIOError):
+        store.hold_alone("file")
+    del second
+    assert store.hold_alone("file") is not None
+
+
+def test_what_somebody_is_about_to_delete_is_not_there_for_a_reader(tmp_path: pathlib.Path) -> None:
+    store = held_file(tmp_path)
+    hold = store.hold_alone("file")
+    assert hold is not None
+    with pytest.raises(FileNotFoundError):
+        store.read_and_hold("file", 100)
+    hold.release()
+    assert store.read_and_hold("file", 3)[0] == b"cont"
+
+
+def test_a_forked_process_does_not_keep_the_holds_of_its_parent(tmp_path: pathlib.Path) -> None:
+    """A data loader's worker outlives a save or a restore by far."""
+    run_program(
+        """
+        import os, sys
+        from jaxckpt._store import LocalStore
+
+        store = LocalStore(sys.argv[1])
+        _, hold = store.read_and_hold("file", 100)
+        at_worker, to_worker = os.pipe()
+        at_parent, to_parent = os.pipe()
+        worker = os.fork()
+        if worker == 0:
+            os.write(to_parent, b"x")  # it runs
+            os.read(at_worker, 1)  # and lives until the parent says so
+            os._exit(0)
+        try:
+            os.read(at_parent, 1)
+            try:
+                store.hold_alone("file")
+            except BlockingIOError:
+                pass
+            else:
+                raise AssertionError("the fork ended the hold of its parent")
+            hold.release()
+            assert store.hold_alone("file") is not None
+        finally:
+            os.write(to_worker, b"x")
+            os.waitpid(worker, 0)
+        """,
+        held_file(tmp_path).path,
+    )
+
+
+def test_a_process_with_many_descriptors_reads_without_holding(tmp_path: pathlib.Path) -> None:
+    store = held_file(tmp_path)
+    holds = [store.read_and_hold("file", 100)[1] for _ in range(600)]
+    assert holds[0] is not None
+    assert holds[-1] is None
