@@ -30,6 +30,7 @@ Deliberately not here: which objects there are (`_layout`), and what the manifes
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import threading
 from typing import final
@@ -51,6 +52,7 @@ from ._zarr import METADATA_NAME, group_metadata
 # In the directory of a step: the retention of its manager keeps it.
 PIN_NAME = "pinned"
 _TEMPORARY = ".tmp-"
+_DATA_NAME = re.compile(r"data-[0-9a-f]{16}")
 
 # Commits of one process take turns, so that of several overwrites of one path each removes the one that it replaced.
 _commit_lock = threading.Lock()
@@ -199,7 +201,7 @@ def sweep(store: Store) -> list[str]:
     doomed: list[str] = []
     names = store.names()
     for name in names:
-        if not name.startswith("data-"):
+        if _DATA_NAME.fullmatch(name) is None:
             continue
         try:
             hold = store.hold_alone(name)
@@ -218,12 +220,18 @@ def sweep(store: Store) -> list[str]:
     for name in names:
         # A temporary name is a publication that a crash cut off.
         is_cut_off = name.startswith((MANIFEST_NAME, METADATA_NAME, PIN_NAME)) and _TEMPORARY in name
-        if is_cut_off or (name in (METADATA_NAME, PIN_NAME) and not is_checkpoint):
+        if is_cut_off or (not is_checkpoint and _is_ours(store, name)):
             store.delete(name)
             doomed.append(name)
     if not is_checkpoint:
         store.remove_if_empty()
     return doomed
+
+
+def _is_ours(store: Store, name: str) -> bool:
+    """Whether an object beside the manifest is one that a save or a manager puts there."""
+    expected = {METADATA_NAME: group_metadata(), PIN_NAME: b""}.get(name)
+    return expected is not None and store.exists(name) and store.read(name, len(expected)) == expected
 
 
 def _is_named(store: Store, data: str) -> bool:

@@ -454,10 +454,20 @@ class CheckpointManager:
         with self._tidy_lock:
             try:
                 self._directory.sweep()
+            except OSError as error:
+                _log.warning("cannot sweep %r: %s", self._directory.path, error)
+            try:
                 self._delete_old()
-                self._directory.write_cache()
-            except (OSError, CheckpointError) as error:
-                _log.warning("cannot tidy %r: %s", self._directory.path, error)
+            except OSError as error:
+                _log.warning("cannot look for old steps in %r: %s", self._directory.path, error)
+            self._write_cache()
+
+    def _write_cache(self) -> None:
+        """Nothing depends on it, so that nothing fails with it."""
+        try:
+            self._directory.write_cache()
+        except OSError as error:
+            _log.warning("cannot write checkpoint.json in %r: %s", self._directory.path, error)
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
@@ -488,7 +498,7 @@ class CheckpointManager:
         with self._tidy_lock:
             deleted = self._delete_old()
             if deleted:
-                self._directory.write_cache()
+                self._write_cache()
         return deleted
 
     def delete(self, step: int) -> None:
@@ -505,7 +515,7 @@ class CheckpointManager:
                 raise CheckpointError(
                     f"step {step} of {self._directory.path!r} is being read\ntry again later"
                 )
-            self._directory.write_cache()
+            self._write_cache()
         with self._lock:
             if self._last_step == step:
                 self._last_step = None
@@ -541,7 +551,14 @@ class CheckpointManager:
     def _delete_old(self) -> list[int]:
         """Deletes what no rule keeps; what cannot be deleted is tried again after the next save."""
         deleted: list[int] = []
-        for verdict in self._judge(self._directory.records()):
+        records = self._directory.records()
+        # What the save in flight, or one that failed late, has put there may not be durable: it makes no step an old
+        # one. It is asked for after the records, so that a step that is in them and not unsure is durable.
+        unsure = self._directory.busy
+        with self._lock:
+            failed = self._failed_step
+        durable = [record for record in records if record.name != unsure and record.step != failed]
+        for verdict in self._judge(durable):
             step = verdict.step
             # Clocks of several machines may disagree about what was committed last; this process knows what it was.
             if verdict.is_kept or step == self._last_step:
@@ -671,7 +688,7 @@ class CheckpointManager:
           MismatchError: The tree and ``like`` differ.
         """
         self._wait_until_done()
-        if not self.steps() and not self._damaged:
+        if not self._directory.committed():
             return None
         step, tree = self._restore(None, like, fallback, keywords)
         self._begin_from(step)
@@ -700,14 +717,18 @@ class CheckpointManager:
                     self._damaged[candidate] = fingerprint
                 _log.error("step %d is damaged, the one before it is tried: %s", candidate, error)
                 self._tell("damaged", candidate, f"step {candidate} is damaged: {error}", error=error)
-        if cause is None and not self._damaged:
+        if cause is None and not self._directory.committed():
             raise NotFoundError(f"no step is committed in {self._directory.path!r}")
         headline = f"every step in {self._directory.path!r} is damaged"
         raise CorruptError(list_problems(headline, damage), damage) from cause
 
     def _restore_step(self, step: int, like: Any, keywords: dict[str, Any]) -> Any:
         step = _checked_step(step)
-        tree = restore(open_checkpoint(self._require(step)), like, **keywords)
+        checkpoint = open_checkpoint(self._require(step))
+        try:
+            tree = restore(checkpoint, like, **keywords)
+        finally:
+            checkpoint.release()  # not when the last traceback of an error is gone
         if not self._has_seen_steps:
             self._begin_from(step)
         self._tell("restored", step, f"restored step {step}")

@@ -2,9 +2,9 @@
 
 A cluster announces the end of a process by a signal, mostly SIGTERM, and kills it some seconds later. The handler that
 `Preemption` installs notes the time and the signal, calls the handler that was there before, and returns. The training
-loop asks once a step, by `Preemption.is_requested`, and saves when the answer is yes. The handler takes no lock and logs
-nothing: it runs between any two bytecodes of the main thread, which may hold the lock of a logger at that moment. The
-log line is written by the next `is_requested`.
+loop asks once a step, by `Preemption.is_requested`, and saves when the answer is yes. The handler takes no lock and
+logs nothing: it runs between any two bytecodes of the main thread, which may hold the lock of a logger at that moment.
+The log line is written by the next `is_requested`.
 
 Processes of one ``jax.distributed`` job must stop after the same step, or some of them wait for ever in a collective.
 JAX has a service for that. ``jax.distributed.initialize`` replaces the handler of SIGTERM by one in C++, unless

@@ -72,6 +72,11 @@ class Checkpoint:
         self._leaf_of_key = {key: number for number, key in enumerate(manifest.keys)}
         self._bytes_read = manifest_bytes
 
+    def release(self) -> None:
+        """Lets managers delete the checkpoint although the object is there still."""
+        if self._hold is not None:
+            self._hold.release()
+
     @property
     def path(self) -> str:
         """Where it is."""

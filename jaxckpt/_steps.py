@@ -21,6 +21,7 @@ import logging
 import math
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any, final
 
 import numpy as np
@@ -88,31 +89,31 @@ class StepDirectory:
         """Where the directory is."""
         return self._store.path
 
-    def names(self) -> dict[int, str]:
-        """Directory of each step that has one, committed or not."""
-        names: dict[int, str] = {}
+    def _candidates(self) -> Iterator[tuple[int, str]]:
+        """Every name that may be a step's directory, with its step."""
         for name in self._store.names():
             match = self._pattern.fullmatch(name)
-            if match is None:
-                continue
-            step = int(match[1])
-            # Of two widths for one step the manager's own counts, else the one that sorts first.
-            if step not in names or name == self._name_of(step):
-                names[step] = name
-        return names
+            if match is not None:
+                yield int(match[1]), name
 
     def committed(self) -> dict[int, str]:
         """Directory of each committed step, ascending."""
-        return {
-            step: name for step, name in sorted(self.names().items()) if self.fingerprint(name) is not None
-        }
+        found: dict[int, str] = {}
+        for step, name in self._candidates():
+            # Of two widths for one step the manager's own counts, else the one that sorts first.
+            is_first = step not in found or name == self._name_of(step)
+            if is_first and self.fingerprint(name) is not None:
+                found[step] = name
+        return dict(sorted(found.items()))
 
     def store_of(self, step: int) -> Store:
         """Where a step is, or would be saved."""
         # The usual name needs no listing.
         usual = self._name_of(step)
         if self.fingerprint(usual) is None:
-            usual = self.names().get(step, usual)
+            for other, name in self._candidates():
+                if other == step and self.fingerprint(name) is not None:
+                    return self._store.child(name)
         return self._store.child(usual)
 
     def fingerprint_of(self, step: int) -> Any:
@@ -183,19 +184,27 @@ class StepDirectory:
             self._busy = store.name
         return store
 
+    @property
+    def busy(self) -> str | None:
+        """Directory of the save that began and has not ended: what is there may not be durable yet."""
+        with self._sweep_lock:
+            return self._busy
+
     def end(self) -> None:
         """The save that began has ended."""
         with self._sweep_lock:
             self._busy = None
 
     def delete(self, step: int) -> bool:
-        """Deletes a step, marker first; False when somebody is reading it."""
-        return retract(self.store_of(step))
+        """Deletes a step under each of its names, marker first; False when somebody is reading it."""
+        names = [name for other, name in self._candidates() if other == step]
+        committed = [name for name in names if self.fingerprint(name) is not None]
+        return all(retract(self._store.child(name)) for name in committed)
 
     def sweep(self) -> None:
         """Deletes what saves left that were never committed."""
-        for name in self._store.names():
-            if self._pattern.fullmatch(name) is None or self.fingerprint(name) is not None:
+        for _, name in self._candidates():
+            if self.fingerprint(name) is not None:
                 continue
             with self._sweep_lock:
                 litter = [] if name == self._busy else sweep(self._store.child(name))

@@ -349,7 +349,7 @@ class LocalStore(Store):
     def names(self) -> list[str]:
         try:
             return sorted(os.listdir(self.path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def delete(self, name: str) -> None:

@@ -119,6 +119,23 @@ def test_ls_shows_a_damaged_manifest_and_says_so(capsys: Any, directory: pathlib
     assert len([line for line in out.splitlines() if line.endswith(" committed")]) == 2
 
 
+def test_ls_shows_metrics_and_pins_where_there_are_any(capsys: Any, managed: pathlib.Path) -> None:
+    _, out, _ = run(capsys, "ls", managed)
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["NAME", "STEP", "BYTES", "DATE", "STATE", "PINNED", "METRICS"]
+    assert lines[2][-3:] == ["committed", "pinned", "loss=0.75"]
+    assert lines[3][-2:] == ["committed", "loss=0.5"]
+    entries = run_json(capsys, "ls", managed)
+    assert [entry["metrics"] for entry in entries] == [{"loss": 1 - step / 4} for step in range(5)]
+    assert [entry["pinned"] for entry in entries] == [False, True, False, False, False]
+
+
+def test_ls_has_no_columns_for_what_no_checkpoint_has(capsys: Any, directory: pathlib.Path) -> None:
+    _, out, _ = run(capsys, "ls", directory)
+    assert out.splitlines()[0].split() == ["NAME", "STEP", "BYTES", "DATE", "STATE"]
+    assert [entry["metrics"] for entry in run_json(capsys, "ls", directory)] == [{}, {}, {}, {}]
+
+
 def test_ls_of_an_empty_directory(capsys: Any, tmp_path: pathlib.Path) -> None:
     assert run(capsys, "ls", tmp_path) == (0, f"no checkpoints in {tmp_path}\n", "")
     assert run_json(capsys, "ls", tmp_path) == []
@@ -175,6 +192,51 @@ def test_keys_cannot_disturb_the_terminal(capsys: Any, checkpoint: pathlib.Path)
     assert "line\\n\\x1b[31m" in out
     assert "surrogate\\ud800" in out
     assert "\x1b" not in out
+
+
+def test_info_names_the_metrics_and_the_items(capsys: Any, path: pathlib.Path) -> None:
+    manager = jaxckpt.CheckpointManager(path)
+    items = {"data": {"at": 3}, "a\n": b"\x01"}
+    manager.save(3, {"a": np.zeros(3)}, metrics={"val/loss": 0.25, "\x1b[31m": math.nan}, items=items)
+    manager.close()
+    code, out, err = run(capsys, "info", manager.path_of(3))
+    assert (code, err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["metrics"] == "val/loss=0.25 \\x1b[31m=nan"
+    assert lines["items"].endswith("B: data, a\\n")
+    assert lines["holds"] == "1 leaf, 24 B"
+    document = run_json(capsys, "info", manager.path_of(3))
+    assert document["metrics"] == {"val/loss": 0.25, "\x1b[31m": "NaN"}
+    assert document["items"] == ["data", "a\n"]
+    assert document["items_bytes"] > 0
+
+
+def test_info_of_a_checkpoint_without_items_has_no_line_for_them(
+    capsys: Any, checkpoint: pathlib.Path
+) -> None:
+    _, out, _ = run(capsys, "info", checkpoint)
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "checkpoint",
+        "committed",
+        "holds",
+        "stored",
+        "metadata",
+    ]
+    document = run_json(capsys, "info", checkpoint)
+    assert (document["metrics"], document["items"], document["items_bytes"]) == ({}, [], 0)
+
+
+def test_info_shows_the_rest_when_the_items_are_damaged(capsys: Any, path: pathlib.Path) -> None:
+    jaxckpt.save(path, {"a": np.zeros(3)}, items={"data": 1})
+    (items,) = path.glob("data-*/items/0")
+    items.write_bytes(items.read_bytes()[:-1] + b"\x02")
+    code, out, err = run(capsys, "info", path)
+    assert code == 1
+    assert out.splitlines()[-1].endswith(": damaged")
+    assert "1 leaf" in out
+    assert "checksum" in err
+    assert run_json(capsys, "info", path)["items"] is None
+    assert run(capsys, "tree", path)[0] == 0
 
 
 # --- cat ------------------------------------------------------------------------------------------------------
@@ -325,7 +387,7 @@ def test_verify_names_what_is_damaged(capsys: Any, checkpoint: pathlib.Path) -> 
     flip_a_byte(checkpoint)
     code, out, err = run(capsys, "verify", checkpoint)
     assert (code, err) == (1, "")
-    assert "1 problems" in out
+    assert "1 problem\n" in out
     document = run_json(capsys, "verify", checkpoint)
     assert document["ok"] is False
     assert [problem["kind"] for problem in document["problems"]] == ["checksum"]
@@ -378,6 +440,192 @@ def test_diff_of_the_same_values_on_another_mesh(
     jaxckpt.save(tmp_path / "other", tree)
     assert run(capsys, "diff", checkpoint, tmp_path / "other") == (0, "7 leaves are equal\n", "")
     assert run_json(capsys, "diff", checkpoint, tmp_path / "other")["same"] is True
+
+
+# --- prune ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def managed(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Steps 0 to 4 of a manager, a quarter less of loss at each; step 1 is pinned."""
+    root = tmp_path / "managed"
+    with jaxckpt.CheckpointManager(root, max_to_keep=None) as manager:
+        for step in range(5):
+            manager.save(step, {"a": np.zeros(3)}, metrics={"loss": 1 - step / 4})
+        manager.wait()
+        manager.pin(1)
+    return root
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+    return jaxckpt.CheckpointManager(directory).steps()
+
+
+def files_in(directory: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    return {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def test_prune_with_dry_run_says_why_each_step_stays_or_goes_and_changes_nothing(
+    capsys: Any, managed: pathlib.Path
+) -> None:
+    before = files_in(managed)
+    code, out, err = run(capsys, "prune", managed, "--max-to-keep", "1", "--keep-period", "2", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "step 0 stays: every 2 steps",
+        "step 1 stays: pinned",
+        "step 2 stays: every 2 steps",
+        "step 3 goes: not one of the newest 1; not a multiple of 2",
+        "step 4 stays: the newest step; one of the newest 1; every 2 steps",
+        "1 of 5 steps would be deleted",
+    ]
+    assert files_in(managed) == before
+
+
+def test_prune_deletes_and_says_so_in_the_past_tense(capsys: Any, managed: pathlib.Path) -> None:
+    code, out, err = run(capsys, "prune", managed, "--max-to-keep", "1", "--keep-period", "2")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "step 0 was kept: every 2 steps",
+        "step 1 was kept: pinned",
+        "step 2 was kept: every 2 steps",
+        "step 3 was deleted: not one of the newest 1; not a multiple of 2",
+        "step 4 was kept: the newest step; one of the newest 1; every 2 steps",
+        "1 of 5 steps deleted",
+    ]
+    assert steps_in(managed) == [0, 1, 2, 4]
+    assert not (managed / "step_00000003").exists()
+    listed = json.loads((managed / "checkpoint.json").read_text())["checkpoints"]
+    assert [entry["step"] for entry in listed] == [0, 1, 2, 4]
+    assert jaxckpt.verify(managed / "step_00000002").ok
+
+
+@pytest.mark.parametrize(
+    ("rules", "left"),
+    [
+        (["--max-to-keep", "2"], [1, 3, 4]),
+        (["--max-to-keep", "all"], [0, 1, 2, 3, 4]),
+        (["--max-to-keep", "1"], [1, 4]),
+        (["--keep-period", "3"], [0, 1, 3, 4]),
+        (["--keep-interval-s", "1e6"], [0, 1, 4]),
+        (["--time-to-live-s", "1e6"], [0, 1, 2, 3, 4]),
+        (["--time-to-live-s", "1e-6"], [1, 4]),
+        (["--time-to-live-s", "1e6", "--max-to-keep", "2"], [1, 3, 4]),
+        (["--best", "loss"], [1, 4]),
+        (["--best", "loss:max"], [0, 1, 4]),
+        (["--best", "loss:max:3"], [0, 1, 2, 4]),
+        (["--best", "loss:min:2", "--best", "loss:max"], [0, 1, 3, 4]),
+        (["--max-to-keep", "1", "--pin", "2", "--pin", "3", "--pin", "77"], [1, 2, 3, 4]),
+    ],
+)
+def test_each_rule_of_prune(capsys: Any, managed: pathlib.Path, rules: list[str], left: list[int]) -> None:
+    document = run_json(capsys, "prune", managed, "--dry-run", *rules)
+    assert [step["step"] for step in document["steps"] if step["kept"]] == left
+    assert run(capsys, "prune", managed, *rules)[0] == 0
+    assert steps_in(managed) == left
+
+
+def test_prune_as_json(capsys: Any, managed: pathlib.Path) -> None:
+    document = run_json(capsys, "prune", managed, "--max-to-keep", "1")
+    assert (document["directory"], document["dry_run"]) == (str(managed), False)
+    assert document["steps"][:2] == [
+        {
+            "step": 0,
+            "kept": False,
+            "deleted": True,
+            "in_use": False,
+            "reasons": ["not one of the newest 1"],
+        },
+        {"step": 1, "kept": True, "deleted": False, "in_use": False, "reasons": ["pinned"]},
+    ]
+
+
+def test_prune_names_the_steps_that_somebody_reads(capsys: Any, managed: pathlib.Path) -> None:
+    reader = jaxckpt.open(managed / "step_00000002")
+    code, out, _ = run(capsys, "prune", managed, "--max-to-keep", "1")
+    assert code == 1
+    assert "step 2 is being read and was not deleted: not one of the newest 1" in out.splitlines()
+    assert "step 3 was deleted: not one of the newest 1" in out.splitlines()
+    assert out.splitlines()[-1] == "2 of 5 steps deleted"
+    assert steps_in(managed) == [1, 2, 4]
+    document = run_json(capsys, "prune", managed, "--max-to-keep", "1")
+    assert [step["step"] for step in document["steps"] if step["in_use"]] == [2]
+    assert reader["a"][...].tolist() == [0, 0, 0]
+    del reader
+    assert run(capsys, "prune", managed, "--max-to-keep", "1")[0] == 0
+    assert steps_in(managed) == [1, 4]
+
+
+def test_prune_leaves_a_step_with_a_damaged_manifest_alone(capsys: Any, managed: pathlib.Path) -> None:
+    manifest = managed / "step_00000002" / "manifest.msgpack"
+    manifest.write_bytes(b"damaged")
+    code, out, _ = run(capsys, "prune", managed, "--max-to-keep", "1")
+    assert code == 0
+    assert "step 2 was kept: it is damaged, and left alone" in out.splitlines()
+    assert manifest.exists()
+
+
+def test_prune_with_another_prefix(capsys: Any, tmp_path: pathlib.Path) -> None:
+    with jaxckpt.CheckpointManager(tmp_path / "run", prefix="epoch-", width=3) as manager:
+        for step in range(3):
+            manager.save(step, 1)
+    code, out, _ = run(capsys, "prune", tmp_path / "run", "--max-to-keep", "1")
+    assert (code, out) == (0, f"no steps step_<number> in {tmp_path / 'run'}\n")
+    assert run(capsys, "prune", tmp_path / "run", "--max-to-keep", "1", "--prefix", "epoch-")[0] == 0
+    assert manager.steps() == [2]
+
+
+def test_a_metric_that_no_step_has_deletes_nothing(capsys: Any, managed: pathlib.Path) -> None:
+    code, out, err = run(capsys, "prune", managed, "--best", "los:min:3", "--best", "loss")
+    assert (code, out) == (3, "")
+    assert "'los'" in err
+    assert steps_in(managed) == [0, 1, 2, 3, 4]
+
+
+def test_names_of_metrics_may_hold_colons(capsys: Any, tmp_path: pathlib.Path) -> None:
+    with jaxckpt.CheckpointManager(tmp_path / "run") as manager:
+        for step in range(3):
+            manager.save(step, 1, metrics={"a:b": step, "a:max:b": -step})
+    for rule, left in (("a:b", [0, 2]), ("a:b:min:2", [0, 1, 2]), ("a:max:b", [2]), ("a:max:b:max", [0, 2])):
+        document = run_json(capsys, "prune", tmp_path / "run", "--dry-run", "--best", rule)
+        assert [step["step"] for step in document["steps"] if step["kept"]] == left
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [],
+        ["--dry-run"],
+        ["--pin", "2"],
+        ["--max-to-keep", "0"],
+        ["--max-to-keep", "-1"],
+        ["--max-to-keep", "none"],
+        ["--keep-period", "0"],
+        ["--keep-interval-s", "nan"],
+        ["--time-to-live-s", "0"],
+        ["--best", ""],
+        ["--best", "loss:min:0"],
+        ["--max-to-keep", "1", "--pin", "-1"],
+        ["--max-to-keep", "1", "--prefix", "a/b"],
+        ["--max-to", "1"],
+    ],
+)
+def test_prune_with_bad_rules_or_none_is_wrong_usage_and_deletes_nothing(
+    capsys: Any, managed: pathlib.Path, rules: list[str]
+) -> None:
+    code, out, err = run(capsys, "prune", managed, *rules)
+    assert (code, out) == (2, "")
+    assert err.startswith(("jaxckpt: ", "usage: jaxckpt"))
+    assert "Traceback" not in err
+    assert steps_in(managed) == [0, 1, 2, 3, 4]
+
+
+def test_prune_of_a_directory_that_is_not_there(capsys: Any, managed: pathlib.Path) -> None:
+    for missing in (managed / "missing", managed / "checkpoint.json"):
+        code, out, err = run(capsys, "prune", missing, "--max-to-keep", "1")
+        assert (code, out) == (3, "")
+        assert err.startswith("jaxckpt: there is no directory ")
+    assert not (managed / "missing").exists()
 
 
 # --- errors ---------------------------------------------------------------------------------------------------
@@ -435,21 +683,28 @@ def test_the_help_explains_the_exit_codes(capsys: Any) -> None:
     listed = out.partition("exit codes:")[2]
     for number in (_cli.OK, _cli.DIFFERS, _cli.USAGE, _cli.UNREADABLE, _cli.INTERRUPTED, _cli.BROKEN_PIPE):
         assert f"\n  {number} " in listed
-    for command in ("ls", "info", "tree", "cat", "verify", "diff"):
+    for command in ("ls", "info", "tree", "cat", "verify", "diff", "prune"):
         assert f"    {command} " in out
         assert run(capsys, command, "--help")[0] == 0
+
+
+def test_the_version(capsys: Any) -> None:
+    assert run(capsys, "--version") == (0, f"jaxckpt {jaxckpt.__version__}\n", "")
 
 
 # --- pipes, signals and machines ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["ls", "info", "tree", "verify", "cat", "diff"])
+@pytest.mark.parametrize("command", ["ls", "info", "tree", "verify", "cat", "diff", "prune"])
 def test_no_command_needs_a_device(checkpoint: pathlib.Path, command: str) -> None:
     arguments = {
         "ls": [checkpoint.parent],
         "cat": [checkpoint, "params/w[3, 4]"],
         "diff": [checkpoint, checkpoint],
+        "prune": [checkpoint.parent, "--max-to-keep", "1", "--prefix", "checkpoint"],
     }
+    if command == "prune":
+        checkpoint.rename(checkpoint.with_name("checkpoint7"))
     argv = [command, *arguments.get(command, [checkpoint])]
     with spawn(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=60)
