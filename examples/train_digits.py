@@ -4,11 +4,12 @@
     python examples/train_digits.py --dir out  # the same, and `out` is kept to look at
 
 A small transformer learns scikit-learn's handwritten digits on a mesh of 8 devices (forced CPU devices, or the GPUs
-that are there). Its state is sharded, donated at every step, and saved with `jaxckpt.save_async`. The story:
+that are there). Its state is sharded, donated at every step, and saved by a `jaxckpt.CheckpointManager`. The story:
 
 1. An unbroken run, without any saving, gives the losses and the values that everything else is compared with.
 2. The same run saves while it trains, and is killed (SIGKILL) when a save is half written.
-3. It resumes from the newest committed checkpoint. Each loss must be the unbroken run's, bit for bit.
+3. It resumes from the newest committed checkpoint. Each loss must be the unbroken run's, bit for bit. What the broken
+   save left is swept away.
 4. The same checkpoint is restored on 2 devices and on 1, and training continues there.
 
 The training itself is the first half of this file, and could be anyone's: what jaxckpt adds to it is in `train` and
@@ -312,42 +313,27 @@ def train(directory: Path, *, is_saving: bool) -> None:
     """Trains to the last step, from the newest checkpoint of `directory` if there is one."""
     mesh = training_mesh()
     tell_start(mesh)
-    checkpoint = newest_checkpoint(directory)
-    if checkpoint is None:
+    manager = jaxckpt.CheckpointManager(
+        directory, save_interval_steps=SAVE_EVERY, max_to_keep=None, on_event=tell_saved
+    )
+    resumed = manager.resume(like=abstract_state_on(mesh), report=True)
+    if resumed is None:
         state = fresh_state_on(mesh)
     else:
-        state, report = jaxckpt.restore(checkpoint, like=abstract_state_on(mesh), report=True)
-        tell_restored(checkpoint, state, report)
+        step, (state, report) = resumed
+        tell_restored(manager.path_of(step), state, report)
 
     trainer = Trainer(state)
-    pending = None
-    while trainer.state["step"] < STEPS:
-        advance_and_tell(trainer)
-        step = trainer.state["step"]
-        if step % SAVE_EVERY != 0:
-            continue
-        if not is_saving:
-            tell("digests", step=step, digests=digests_of(trainer.state))
-            continue
-        if pending is not None:
-            tell_saved(pending.wait())
-        started = time.perf_counter()
-        pending = jaxckpt.save_async(directory / f"step_{step:08d}", trainer.state)
-        tell("saving", step=step, blocked_s=time.perf_counter() - started)
-    if pending is not None:
-        tell_saved(pending.wait())
+    with manager:
+        while trainer.state["step"] < STEPS:
+            loss = advance_and_tell(trainer)
+            step = trainer.state["step"]
+            if is_saving:
+                # Most calls return at once: one in SAVE_EVERY is due.
+                manager.save(step, trainer.state, metrics={"loss": loss})
+            elif step % SAVE_EVERY == 0:
+                tell("digests", step=step, digests=digests_of(trainer.state))
     tell("end", accuracy=trainer.accuracy())
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest step that was committed. A save that was cut off left a folder, but no checkpoint."""
-    for path in sorted(directory.glob("step_*"), reverse=True):
-        try:
-            jaxckpt.open(path)
-        except jaxckpt.NotFoundError:
-            continue
-        return path
-    return None
 
 
 def train_elsewhere(checkpoint: Path, device_count: int) -> None:
@@ -364,7 +350,7 @@ def train_elsewhere(checkpoint: Path, device_count: int) -> None:
     else:
         mesh = mesh_of(devices[:device_count], data=device_count, model=1)
         state, report = jaxckpt.restore(checkpoint, like=like, mesh=mesh, report=True)
-    tell_restored(checkpoint, state, report)
+    tell_restored(str(checkpoint), state, report)
 
     trainer = Trainer(state)
     for _ in range(STEPS_ELSEWHERE):
@@ -372,11 +358,12 @@ def train_elsewhere(checkpoint: Path, device_count: int) -> None:
     tell("end", accuracy=trainer.accuracy())
 
 
-def advance_and_tell(trainer: Trainer) -> None:
-    """One step, reported with the loss's exact bits."""
+def advance_and_tell(trainer: Trainer) -> float:
+    """One step, reported with the loss's exact bits; gives the loss."""
     started = time.perf_counter()
     loss = trainer.advance()
     tell("step", step=trainer.state["step"], loss=loss.hex(), seconds=time.perf_counter() - started)
+    return loss
 
 
 def digests_of(state: Tree) -> dict[str, str]:
@@ -396,8 +383,9 @@ def digests_of(state: Tree) -> dict[str, str]:
 
 
 def tell(event: str, **facts: Any) -> None:
-    """Reports to the orchestrator: one line of JSON."""
-    print(json.dumps({"event": event, **facts}), flush=True)
+    """Reports to the orchestrator: one line of JSON, in one piece, for saves are reported by a thread of their own."""
+    sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+    sys.stdout.flush()
 
 
 def tell_start(mesh: Mesh) -> None:
@@ -405,18 +393,20 @@ def tell_start(mesh: Mesh) -> None:
     tell("start", devices=mesh.size, platform=mesh.devices.flat[0].platform, mesh=dict(mesh.shape))
 
 
-def tell_saved(info: Any) -> None:
-    """Reports a save that was committed."""
-    tell("saved", path=str(info.path), nbytes=info.nbytes, seconds=info.seconds)
+def tell_saved(event: jaxckpt.CheckpointEvent) -> None:
+    """Reports a save that was committed; the manager calls this for whatever happens."""
+    info = event.info
+    if info is not None:
+        tell("saved", path=info.path, nbytes=info.nbytes, blocked_s=info.blocked_s, seconds=info.seconds)
 
 
-def tell_restored(checkpoint: Path, state: Tree, report: Any) -> None:
+def tell_restored(checkpoint: str, state: Tree, report: Any) -> None:
     """Reports what was restored, from where and onto what."""
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     devices = {device for array in arrays for device in array.devices()}
     tell(
         "restored",
-        path=str(checkpoint),
+        path=checkpoint,
         step=state["step"],
         keys=len(jaxckpt.open(checkpoint).keys()),
         nbytes=report.nbytes,
@@ -635,6 +625,8 @@ def tell_the_story(directory: Path) -> None:
     for step in (broken, run / f"step_{STEPS:08d}"):
         if not is_committed(step):
             raise DemoError(f"the resumed run did not save {step.name}")
+        if len(list(step.glob("data-*"))) != 1:
+            raise DemoError(f"{step.name} still holds what the broken save left")
     say(f"   all {len(resumed.losses())} losses are the unbroken run's, bit for bit")
 
     restore_elsewhere(checkpoint, 2, logs, unbroken)
@@ -692,13 +684,13 @@ def say_what_saving_cost(unbroken: Worker, killed: Worker, resumed: Worker) -> N
     # The first step of a run is mostly its compilation.
     quiet_steps = [event["seconds"] for event in unbroken.told("step")[1:]]
     saving_steps = [event["seconds"] for run in (killed, resumed) for event in run.told("step")[1:]]
-    waits = [event["blocked_s"] for run in (killed, resumed) for event in run.told("saving")]
     saves = [event for run in (killed, resumed) for event in run.told("saved")]
+    waits = [event["blocked_s"] for event in saves]
     save_seconds = [event["seconds"] for event in saves]
     say("What saving cost, in medians:")
     say(f"   {milliseconds(quiet_steps)}  a step of the run that never saved")
     say(f"   {milliseconds(saving_steps)}  a step of the runs that saved")
-    say(f"   {milliseconds(waits)}  training waited for save_async")
+    say(f"   {milliseconds(waits)}  training waited for a save")
     say(f"   {milliseconds(save_seconds)}  a save of {megabytes(saves[0]['nbytes'])}, until it was committed")
 
 

@@ -46,12 +46,11 @@ from ._manifest import (
     encode_manifest,
     parse_manifest,
 )
-from ._store import Hold, Store
+from ._store import Hold, Store, cut_off_name
 from ._zarr import METADATA_NAME, group_metadata
 
 # In the directory of a step: the retention of its manager keeps it.
 PIN_NAME = "pinned"
-_TEMPORARY = ".tmp-"
 _DATA_NAME = re.compile(r"data-[0-9a-f]{16}")
 
 # Commits of one process take turns, so that of several overwrites of one path each removes the one that it replaced.
@@ -218,8 +217,7 @@ def sweep(store: Store) -> list[str]:
             hold.release()
     is_checkpoint = store.exists(MANIFEST_NAME)
     for name in names:
-        # A temporary name is a publication that a crash cut off.
-        is_cut_off = name.startswith((MANIFEST_NAME, METADATA_NAME, PIN_NAME)) and _TEMPORARY in name
+        is_cut_off = cut_off_name(name) in (MANIFEST_NAME, METADATA_NAME, PIN_NAME)
         if is_cut_off or (not is_checkpoint and _is_ours(store, name)):
             store.delete(name)
             doomed.append(name)

@@ -212,6 +212,7 @@ class CheckpointManager:
         self._pending_step = -1
         self._is_preempted = False
         self._has_answered_preemption = False
+        self._has_no_time_left = False  # for another save than the one that was in flight when the end was announced
         # Shared with background threads.
         self._lock = threading.Lock()
         self._tidy_lock = threading.Lock()
@@ -298,12 +299,13 @@ class CheckpointManager:
         entered_s = self._monotonic_s()
         step = call.step
         if step == self._last_step and not overwrite:
-            self._has_answered_preemption |= reason == _PREEMPTED
+            self._has_answered_preemption |= self._is_preempted
             self._unsaved = None
             return None
         in_flight = self._in_flight()
         if in_flight is not None and reason == _PREEMPTED and not self._has_time_for_another(in_flight):
             self._has_answered_preemption = True
+            self._has_no_time_left = True
             self._unsaved = call
             self._tell(
                 "skipped",
@@ -323,7 +325,7 @@ class CheckpointManager:
             waited_s = self._monotonic_s() - entered_s
             self._tell("waited", step, f"step {step} waited {waited_s:.3f} s for step {self._pending_step}")
         if not overwrite and self._is_there_already(step):
-            self._has_answered_preemption |= reason == _PREEMPTED
+            self._has_answered_preemption |= self._is_preempted
             self._unsaved = None
             return None
         return self._start(call, reason, waited_s, entered_s)
@@ -345,7 +347,9 @@ class CheckpointManager:
             on_progress=None if self._bar is None else self._bar.show,
         )
         store = self._directory.begin(step)
-        pending = PendingSave(store.path, functools.partial(self._on_end, step), self._tidy)
+        pending = PendingSave(
+            store.path, functools.partial(self._on_end, step), functools.partial(self._tidy, step)
+        )
         self._tell("saving", step, f"saving step {step}: {reason}")
         with self._lock:
             self._last_step = step
@@ -369,7 +373,7 @@ class CheckpointManager:
         finally:
             self._schedule.note_blocked(self._monotonic_s() - entered_s)
         self._unsaved = None
-        self._has_answered_preemption |= reason == _PREEMPTED
+        self._has_answered_preemption |= self._is_preempted
         return pending
 
     def _forget(self, pending: PendingSave) -> None:
@@ -435,6 +439,7 @@ class CheckpointManager:
             if failure is not None:
                 self._failures.append(pending)
                 self._failed_step = step
+                self._is_swept = False  # storage that refuses to write may refuse to delete, too
                 if self._last_step == step:
                     self._last_step = None
             else:
@@ -449,11 +454,12 @@ class CheckpointManager:
         elif pending.info is not None:
             self._tell("saved", step, f"saved step {step} in {pending.info.seconds:.3f} s", info=pending.info)
 
-    def _tidy(self) -> None:
-        """Called in the background after a save, while nobody waits."""
+    def _tidy(self, step: int) -> None:
+        """Called in the background after a save of this step, while nobody waits."""
         with self._tidy_lock:
             try:
                 self._directory.sweep()
+                self._directory.sweep_step(step)  # one that was replaced may have been too damaged to be removed
             except OSError as error:
                 _log.warning("cannot sweep %r: %s", self._directory.path, error)
             try:
@@ -496,6 +502,10 @@ class CheckpointManager:
         """Deletes the steps that no rule keeps, without saving; returns those that were deleted."""
         self._wait_until_done()
         with self._tidy_lock:
+            newest = self.latest_step()
+            if newest is not None:
+                # Another process may have renamed its manifest without having synced the directory yet.
+                self._directory.store_of(newest).confirm()
             deleted = self._delete_old()
             if deleted:
                 self._write_cache()
@@ -517,6 +527,7 @@ class CheckpointManager:
                 )
             self._write_cache()
         with self._lock:
+            self._damaged.pop(step, None)
             if self._last_step == step:
                 self._last_step = None
         self._tell("deleted", step, f"deleted step {step}: asked for")
@@ -767,7 +778,7 @@ class CheckpointManager:
         seen = {
             step: self._directory.fingerprint(name)
             for step, name in present.items()
-            if (step != newest if after is None else step <= after)
+            if after is None and step != newest
         }
         waiting_since_s = self._monotonic_s()
         pause = threading.Event()
@@ -775,6 +786,8 @@ class CheckpointManager:
             for step, name in self._directory.committed().items():
                 fingerprint = self._directory.fingerprint(name)
                 if fingerprint is None or seen.get(step) == fingerprint:
+                    continue
+                if after is not None and step <= after:
                     continue
                 seen[step] = fingerprint
                 try:
@@ -789,10 +802,10 @@ class CheckpointManager:
                 waiting_since_s = self._monotonic_s()
             left_s = poll_s
             if timeout_s is not None:
-                left_s = min(poll_s, waiting_since_s + timeout_s - self._monotonic_s())
+                left_s = waiting_since_s + timeout_s - self._monotonic_s()
                 if left_s <= 0:
                     return
-            pause.wait(left_s)
+            pause.wait(min(poll_s, left_s))
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -837,9 +850,9 @@ class CheckpointManager:
         if call is None or not self._saves_last or call.step == self._last_step:
             return None
         in_flight = self._in_flight()
-        if self._has_answered_preemption and in_flight is not None:
+        if self._has_no_time_left and in_flight is not None:
             in_flight.wait_done()
-        if self._has_answered_preemption and self._failed_step is None:
+        if self._has_no_time_left and self._failed_step is None:
             return None  # there was no time for this step, and the one on its way arrived
         if _is_gone(call.tree):
             _log.warning("step %d, the last one, is not saved: its arrays were donated since", call.step)
@@ -847,10 +860,12 @@ class CheckpointManager:
         return self._save_due(call, _LAST, overwrite=False)
 
     def _end(self) -> None:
-        self._wait_until_idle()
-        self._is_closed = True
-        if self._preemption is not None:
-            self._preemption.uninstall()
+        try:
+            self._wait_until_idle()
+        finally:  # an interrupt, too
+            self._is_closed = True
+            if self._preemption is not None:
+                self._preemption.uninstall()
 
     def _raise_last(self, failures: list[PendingSave]) -> None:
         for pending in failures:
@@ -894,6 +909,8 @@ class CheckpointManager:
           RuntimeError: This is not the main thread.
         """
         preemption.install()
+        if self._preemption is not None and self._preemption is not preemption:
+            self._preemption.uninstall()
         self._preemption = preemption
 
     def add_listener(self, listener: Callable[[int, Any], None]) -> None:

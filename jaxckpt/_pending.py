@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -56,6 +58,7 @@ class PendingSave:
         # Not a daemon: a program that ends now still finishes the save.
         thread = threading.Thread(target=self._run, args=(job,), name="jaxckpt-save", daemon=False)
         self._thread = thread
+        _unfinished.add(self)
         try:
             thread.start()
             job.stage()
@@ -94,6 +97,7 @@ class PendingSave:
         self._snapshot_done.set()
         if self._on_end is not None:
             self._call(functools.partial(self._on_end, self))
+        _unfinished.discard(self)
         self._done.set()
 
     def _call(self, hook: Callable[[], None] | None) -> None:
@@ -159,6 +163,11 @@ class PendingSave:
         """As `wait`, but says how the save ended to nobody; whether it has ended."""
         return self._done.wait(timeout_s)
 
+    @property
+    def path(self) -> str:
+        """Where the checkpoint will be."""
+        return self._path
+
     def is_unseen(self) -> bool:
         """Whether the save failed and nobody knows."""
         return self in _unseen_failures
@@ -179,22 +188,31 @@ class PendingSave:
 
 # --- the exit status ------------------------------------------------------------------------------------------
 
-# Adding and discarding are atomic; the set is looked at when all threads have ended.
+# Adding and discarding are atomic; the sets are looked at when all threads have ended.
 _unseen_failures: set[PendingSave] = set()
+_unfinished: set[PendingSave] = set()
 
 
 @functools.cache
 def _watch_exit() -> None:
     atexit.register(_spoil_exit_status)
+    os.register_at_fork(after_in_child=_forget_saves)
+
+
+def _forget_saves() -> None:
+    """A forked process answers for its own saves."""
+    _unseen_failures.clear()
+    _unfinished.clear()
 
 
 def _spoil_exit_status() -> None:
-    """Runs after Python has joined the background threads.
+    """Runs after Python has joined the background threads, unless an interrupt made it give up on that.
 
     An exit handler cannot set the status, and os._exit() would cut off the handlers after it. But Python ends with
     status 120 when stdout cannot be flushed after the last handler, and says the reason on stderr.
     """
     failures = [str(pending.failure) for pending in _unseen_failures]
+    failures += [f"the save of {pending.path!r} was cut off" for pending in _unfinished]
     if failures:
         sys.stdout = _StreamThatFails(sys.stdout, failures[-1])
 
@@ -215,4 +233,7 @@ class _StreamThatFails:
     def flush(self) -> None:
         if self._stream is not None:
             self._stream.flush()
-        raise RuntimeError(f"a save failed and nobody waited for it: {self._reason}")
+        frame = inspect.currentframe()
+        # Exit handlers may flush as they like: only Python's own flush at the end has no caller.
+        if frame is None or frame.f_back is None:
+            raise RuntimeError(f"a save failed and nobody waited for it: {self._reason}")

@@ -52,7 +52,12 @@ def open_checkpoint(path: Any) -> Checkpoint:
         raise CheckpointError(
             f"cannot read the checkpoint {store.path!r}: {error.strerror or error}"
         ) from error
-    return Checkpoint(store, parse_manifest(data, store.path), len(data), hold)
+    try:
+        return Checkpoint(store, parse_manifest(data, store.path), len(data), hold)
+    except BaseException:
+        if hold is not None:  # whoever keeps the exception keeps this frame
+            hold.release()
+        raise
 
 
 @final

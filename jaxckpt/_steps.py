@@ -36,7 +36,7 @@ from ._manifest import (
     manifest_checksum,
     parse_manifest,
 )
-from ._store import Store
+from ._store import Store, cut_off_name
 
 _log = logging.getLogger("jaxckpt")
 
@@ -215,15 +215,18 @@ class StepDirectory:
         """As `sweep`, and what an overwrite left in steps that are committed."""
         self.sweep()
         for name in self._store.names():
-            if name.startswith(f"{CACHE_NAME}.tmp-"):
+            if cut_off_name(name) == CACHE_NAME:
                 self._store.delete(name)
-        for name in self.committed().values():
-            child = self._store.child(name)
-            inside = child.names()
-            is_clean = sum(part.startswith("data-") for part in inside) == 1
-            if is_clean and not any(".tmp-" in part for part in inside):
-                continue
-            sweep(child)
+        for step in self.committed():
+            self.sweep_step(step)
+
+    def sweep_step(self, step: int) -> None:
+        """Deletes what an overwrite left in a step."""
+        store = self.store_of(step)
+        inside = store.names()
+        is_clean = sum(part.startswith("data-") for part in inside) == 1
+        if not is_clean or any(".tmp-" in part for part in inside):
+            sweep(store)
 
     def pin(self, step: int) -> None:
         """Marks a committed step as one that retention keeps."""
@@ -235,11 +238,7 @@ class StepDirectory:
 
     def pinned(self, records: list[StepRecord]) -> set[int]:
         """The steps that are marked."""
-        return {
-            record.step
-            for record in records
-            if self._store.fingerprint(f"{record.name}/{PIN_NAME}") is not None
-        }
+        return {record.step for record in records if self._store.exists(f"{record.name}/{PIN_NAME}")}
 
     # --- the cache --------------------------------------------------------------------------------------------
 

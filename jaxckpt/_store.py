@@ -28,6 +28,7 @@ import fcntl
 import functools
 import mmap
 import os
+import re
 import secrets
 import stat
 import threading
@@ -57,6 +58,8 @@ _DIRECT_BYTES_MIN = MIB
 _FINGERPRINT_BYTES = 64
 # A process has about a thousand file descriptors: what reads so many checkpoints at once does without holding them.
 _HELD_DESCRIPTOR_MAX = 512
+# As `LocalStore.publish` makes them.
+_TEMPORARY = re.compile(r"(.+)\.tmp-[0-9a-f]{16}", re.DOTALL)
 
 
 class Kernel:
@@ -184,6 +187,9 @@ class Store(abc.ABC):
     def delete(self, name: str) -> None:
         """Deletes an object durably, if it is there."""
 
+    def confirm(self) -> None:
+        """Makes durable what others have published here; object stores acknowledge nothing earlier."""
+
     @abc.abstractmethod
     def child(self, name: str) -> Store:
         """The store of what lies below a name."""
@@ -223,6 +229,12 @@ def open_store(path: str | os.PathLike[str] | Store) -> Store:
     if "://" in text and not text.startswith("file://"):
         return KeyValueStore(text)
     return LocalStore(os.path.abspath(local_path(text)))
+
+
+def cut_off_name(name: str) -> str | None:
+    """Of the temporary name of a publication, which a crash leaves behind, what was to be published; else None."""
+    match = _TEMPORARY.fullmatch(name)
+    return match and match[1]
 
 
 def local_path(text: str) -> str:
@@ -360,6 +372,9 @@ class LocalStore(Store):
             return
         self._sync_directory(os.path.dirname(path))
 
+    def confirm(self) -> None:
+        self._sync_directory(self.path)
+
     def child(self, name: str) -> LocalStore:
         return LocalStore(os.path.join(self.path, name), self._kernel)
 
@@ -425,6 +440,8 @@ class LocalStore(Store):
             missing = []
             parent = directory
             while not os.path.isdir(parent):
+                if parent in self._known:  # somebody took it away, and with it what was written
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), parent)
                 missing.append(parent)
                 parent = os.path.dirname(parent)
             self._changed[parent] = None
@@ -433,7 +450,7 @@ class LocalStore(Store):
                     self._kernel.mkdir(path)
                 self._changed[path] = None
             self._changed[directory] = None
-            self._known.add(directory)
+            self._known.update((parent, *missing, directory))
 
     @property
     def wants_aligned_memory(self) -> bool:
@@ -538,7 +555,19 @@ def _write_all(kernel: Kernel, descriptor: int, offset: int, data: Buffer) -> No
     done = 0
     view = memoryview(data)
     while done < len(data):
-        done += kernel.pwrite(descriptor, view[done:], offset + done)
+        done += _write_some(kernel, descriptor, offset + done, view[done:])
+
+
+def _write_some(kernel: Kernel, descriptor: int, offset: int, data: memoryview) -> int:
+    try:
+        return kernel.pwrite(descriptor, data, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    # O_DIRECT cannot write up to a limit that is within a block, and does not say that this is why.
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
+    return kernel.pwrite(descriptor, data, offset)
 
 
 def _read_all(descriptor: int, offset: int, buffer: Buffer) -> int:

@@ -124,7 +124,7 @@ class KillingKernel(NotedKernel):
     Args:
       journal: Gets a line for each call that begins, and another one for each commit that was made.
       at: Number of the call, from 1.
-      is_torn: Whether a write is cut off in its middle, not before it.
+      is_torn: Whether to kill in the middle of a write; then only writes are counted.
     """
 
     def __init__(self, journal: Journal, at: int, *, is_torn: bool = False) -> None:
@@ -136,9 +136,9 @@ class KillingKernel(NotedKernel):
 
     def before(self, operation: Operation) -> None:
         with self.lock:
-            self._count += 1
+            self._count += not self._is_torn
             self._journal.write(str(operation))
-            if self._count == self._at and not (self._is_torn and operation.call == "pwrite"):
+            if self._count == self._at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def after(self, operation: Operation) -> None:
@@ -147,14 +147,16 @@ class KillingKernel(NotedKernel):
                 self._journal.write("committed")
 
     def pwrite(self, descriptor: int, data: Any, offset: int) -> int:  # type: ignore[override]
+        if not self._is_torn:
+            return super().pwrite(descriptor, data, offset)
         with self.lock:
-            is_last = self._is_torn and self._count + 1 == self._at
-            if is_last:
+            self._count += 1
+            if self._count == self._at:
                 self._journal.write(f"half a pwrite {self._paths[descriptor]}")
                 half = len(data) // 2
                 os.pwrite(descriptor, data[: half // 4096 * 4096 or half], offset)
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().pwrite(descriptor, data, offset)
+        return os.pwrite(descriptor, data, offset)
 
 
 # --- refusing and holding up ----------------------------------------------------------------------------------

@@ -102,6 +102,15 @@ def test_the_map_of_the_package_names_every_module_in_an_order_that_holds() -> N
         assert own <= set(named[place + 1 :]), module
 
 
+def test_the_table_of_levels_in_the_design_is_this_one() -> None:
+    text = (PACKAGE / "DESIGN.md").read_text(encoding="utf-8")
+    table: list[set[str]] = []
+    for number, cell in re.findall(r"^\| ([0-9]+) \| (.*) \|$", text, re.MULTILINE):
+        assert int(number) == len(table)
+        table.append({entry.split("`")[1] for entry in cell.split(" · ") if entry.startswith("`_")})
+    assert table == [set(modules) for modules in LEVELS[:-1]]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_says_what_it_is_for(module: str) -> None:
     tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))

@@ -1,14 +1,16 @@
 """FORMAT.md is enough to read a checkpoint: `read_checkpoint` was written from it, with NumPy, ml_dtypes and msgpack.
 
 The reader knows nothing of jaxckpt. It is compared with what was saved for every kind of leaf, for packs and objects of
-their own, and for arrays that were cut into chunks.
+their own, and for arrays that were cut into chunks. So is `read_items`, for items.
 """
 
 from __future__ import annotations
 
 import ast
+import datetime as dt
 import inspect
 import itertools
+import json
 import pathlib
 import re
 from typing import Any
@@ -64,11 +66,16 @@ def read_value(tag: str, *parts: Any) -> Any:
     return np.frombuffer(parts[1], read_dtype(parts[0]))[0] if tag == "numpy" else parts[0]
 
 
-def read_checkpoint(root: pathlib.Path) -> dict[str, Any]:
+def read_manifest(root: pathlib.Path) -> dict[str, Any]:
     magic, checksum, payload = msgpack.unpackb((root / "manifest.msgpack").read_bytes())
     assert (magic, checksum) == ("jaxckpt", xxhash.xxh3_128_digest(payload))
     m = msgpack.unpackb(payload, unicode_errors="surrogatepass")
     assert (m["min_reader"], m["features"]) == (1, [])
+    return {"metrics": {}} | m
+
+
+def read_checkpoint(root: pathlib.Path) -> dict[str, Any]:
+    m = read_manifest(root)
     spec_index = np.frombuffer(m["spec_index"], "<u4")
     columns = (("chunk_pack", "<i4"), ("chunk_offset", "<u8"), ("chunk_length", "<u8"))
     rows = zip(*(np.frombuffer(m[name], dtype).tolist() for name, dtype in columns), strict=True)
@@ -100,6 +107,35 @@ def read_checkpoint(root: pathlib.Path) -> dict[str, Any]:
         texts = {"bytes": bytes, "str": lambda text: bytes(text).decode("utf-8", "surrogatepass")}
         leaves[key] = texts.get(spec["kind"], np.asarray)(array)
     return leaves
+
+
+def read_item(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: read_item(child) for key, child in value.items()}
+    if isinstance(value, msgpack.ExtType) and value.code == 1:
+        return int.from_bytes(value.data, "little", signed=True)
+    if isinstance(value, msgpack.ExtType):
+        return np.frombuffer(value.data, "<c16")[0].item()
+    if not isinstance(value, list):
+        return value
+    if not value or not isinstance(value[0], msgpack.ExtType) or value[0].code < 3:
+        return [read_item(child) for child in value]
+    form, *members = value
+    if form.code == 3:
+        return tuple(map(read_item, members))
+    if form.code == 4:
+        return dict(zip(map(read_item, members[::2]), map(read_item, members[1::2]), strict=True))
+    array = np.ndarray(members[2:], read_dtype(members[0]), bytearray(members[1]))
+    return array if form.code == 5 else array[()]
+
+
+def read_items(root: pathlib.Path) -> dict[str, Any]:
+    m = read_manifest(root)
+    name = f"{m['data']}/items/0"
+    ((length, checksum),) = [entry[1:] for entry in m["objects"] if entry[0] == name]
+    data = (root / name).read_bytes()
+    assert (len(data), xxhash.xxh3_128_digest(data)) == (length, checksum)
+    return read_item(msgpack.unpackb(data, unicode_errors="surrogatepass"))
 
 
 # --- the tests ------------------------------------------------------------------------------------------------
@@ -204,11 +240,73 @@ def test_the_root_of_a_tree_may_be_a_leaf(path: pathlib.Path) -> None:
     assert_equal_bytes(read_checkpoint(path), {"": np.arange(3)})
 
 
+def test_metrics(path: pathlib.Path) -> None:
+    metrics = {"loss": np.float32(0.1), "steps": 3, "best": np.nan, "\ud800": -np.inf}
+    with jaxckpt.CheckpointManager(path) as manager:
+        manager.save(0, {"a": 1}, metrics=metrics)
+    read = read_manifest(path / "step_00000000")["metrics"]
+    assert repr(read) == repr({name: float(value) for name, value in metrics.items()})
+
+
+def test_every_kind_of_item(path: pathlib.Path) -> None:
+    structured = np.dtype([("a", "<i2"), ("b", "S3"), ("c", [("x", ">f4")], (2,))], align=True)
+    arrays = {
+        "structured": np.frombuffer(bytes(range(structured.itemsize * 2)), structured),
+        "bfloat16": np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16),
+        "int4": np.arange(-8, 8).astype(ml_dtypes.int4),
+        "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "text": np.array(["", "aé"]),
+        "empty": np.zeros((0, 3), "M8[ns]"),
+        "zero_rank": np.array(2.5),
+    }
+    values = {
+        "plain": [None, True, -(2**63), 2**64 - 1, 0.1, -0.0, "a\ud800é", b"\x00\xff", [], {}, {"": 1}],
+        "ints": [2**64, -(2**63) - 1, 3**500, -(1 << 71)],
+        "complex": [complex(-0.0, float("inf"))],
+        "tuples": ((), (1, ()), [(2,)]),
+        "dicts": {1: "a", (2, None): "b", b"": {0.5: 1}, np.int8(3): "c"},
+        "scalars": [np.float32(0.1), ml_dtypes.bfloat16(3), np.datetime64("2020-01-01")],
+    }
+    jaxckpt.save(path, {"a": np.arange(3)}, items={"arrays": arrays, **values})
+    read = read_items(path)
+    read_arrays = read.pop("arrays")
+    assert repr(read) == repr(values)
+    assert list(read_arrays) == list(arrays)
+    for name, array in arrays.items():
+        got = read_arrays[name]
+        assert (got.dtype, got.shape, got.tobytes()) == (array.dtype, array.shape, array.tobytes())
+
+
+def test_the_directory_of_steps(path: pathlib.Path) -> None:
+    metrics = {"loss": 0.1, "nan": np.nan, "inf": np.inf, "é\n": -np.inf}
+    with jaxckpt.CheckpointManager(path, max_to_keep=2) as manager:
+        for step in range(8, 11):
+            manager.save(step, {"a": 1}, metrics=metrics)
+        manager.wait()
+        manager.pin(9)
+    assert {file.name for file in path.iterdir()} == {"step_00000009", "step_00000010", "checkpoint.json"}
+    assert (path / "step_00000009" / "pinned").read_bytes() == b""
+    document = json.loads((path / "checkpoint.json").read_text())
+    assert document.keys() == {"latest", "checkpoints", "checksum"}
+    assert document["latest"] == "step_00000010"
+    text = json.dumps(document["checkpoints"], sort_keys=True)
+    assert document["checksum"] == xxhash.xxh3_128_hexdigest(text.encode())
+    assert [entry["step"] for entry in document["checkpoints"]] == [9, 10]
+    for entry in document["checkpoints"]:
+        assert entry.keys() == {"step", "name", "time", "time_s", "metrics", "manifest"}
+        head = (path / entry["name"] / "manifest.msgpack").read_bytes()[:27]
+        assert head == b"\x93\xa7jaxckpt\xc4\x10" + bytes.fromhex(entry["manifest"])
+        assert entry["time_s"] == read_manifest(path / entry["name"])["created_s"]
+        assert abs(dt.datetime.fromisoformat(entry["time"]).timestamp() - entry["time_s"]) < 0.001
+        assert entry["metrics"] == {"loss": 0.1, "nan": "nan", "inf": "inf", "é\n": "-inf"}
+
+
 def test_the_reader_has_at_most_sixty_lines_and_uses_no_other_package() -> None:
-    functions = (read_format, read_dtype, read_value, read_checkpoint)
+    functions = (read_format, read_dtype, read_value, read_manifest, read_checkpoint)
     sources = [inspect.getsource(function) for function in functions]
     lines = [line for source in sources for line in source.splitlines() if line.strip()]
     assert len(lines) <= 60
+    sources += [inspect.getsource(function) for function in (read_item, read_items)]
     names = {
         node.id for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
     }
@@ -220,7 +318,7 @@ def test_the_specification_names_every_field_of_the_manifest_and_every_plain_dty
 ) -> None:
     text = (pathlib.Path(jaxckpt.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
     words = set(re.findall(r"`\"?([A-Za-z0-9_]+)\"?`", text))
-    jaxckpt.save(path, {"a": np.arange(3), "k": jax.random.key(0), "v": 1})
+    jaxckpt.save(path, {"a": np.arange(3), "k": jax.random.key(0), "v": 1}, items={"x": 1})
     _, _, payload = msgpack.unpackb((path / "manifest.msgpack").read_bytes())
     fields = msgpack.unpackb(payload)
     named = {*fields, *(name for spec in fields["specs"] for name in spec)}
