@@ -49,7 +49,7 @@ from ._pending import PendingSave
 from ._preemption import Preemption
 from ._reading import Checkpoint, open_checkpoint
 from ._retention import Best, Retention, Verdict, best_step, judge_steps
-from ._saving import CheckpointInfo, SaveContext, SaveJob
+from ._saving import CheckpointInfo, SaveContext, SaveJob, write_error
 from ._schedule import Schedule
 from ._steps import StepDirectory, StepRecord
 from ._store import Store, open_store
@@ -324,7 +324,11 @@ class CheckpointManager:
             in_flight.wait_done()
             waited_s = self._monotonic_s() - entered_s
             self._tell("waited", step, f"step {step} waited {waited_s:.3f} s for step {self._pending_step}")
-        if not overwrite and self._is_there_already(step):
+        try:
+            is_there = not overwrite and self._is_there_already(step)
+        except OSError as error:
+            return self._fail_to_look(step, error)
+        if is_there:
             self._has_answered_preemption |= self._is_preempted
             self._unsaved = None
             return None
@@ -374,6 +378,17 @@ class CheckpointManager:
             self._schedule.note_blocked(self._monotonic_s() - entered_s)
         self._unsaved = None
         self._has_answered_preemption |= self._is_preempted
+        return pending
+
+    def _fail_to_look(self, step: int, error: OSError) -> PendingSave:
+        """Storage does not say what is there: nothing is overwritten blindly, and the loop goes on."""
+        store = self._directory.usual_store_of(step)
+        failure = write_error(store, error, self._newest_good(), is_committed=False)
+        failure.__cause__ = error
+        self._schedule.note_resumed(step)
+        self._unsaved = None
+        pending = PendingSave(store.path, functools.partial(self._on_end, step))
+        pending.fail(failure)
         return pending
 
     def _forget(self, pending: PendingSave) -> None:

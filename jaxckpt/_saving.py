@@ -296,7 +296,7 @@ class SaveJob:
         """Raises a failure in the words of this library."""
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             newest_good = None if self._context.newest_good is None else self._context.newest_good()
-            raise _write_error(self.store, error, newest_good, is_committed=is_committed) from error
+            raise write_error(self.store, error, newest_good, is_committed=is_committed) from error
         raise error
 
     def _object_names(self) -> list[str]:
@@ -464,7 +464,8 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _write_error(store: Store, error: OSError, newest_good: str | None, *, is_committed: bool) -> WriteError:
+def write_error(store: Store, error: OSError, newest_good: str | None, *, is_committed: bool) -> WriteError:
+    """What storage answered, in the words of this library."""
     reason = error.strerror or str(error)
     place = f" ({error.filename})" if error.filename else ""
     name = errno.errorcode.get(error.errno or 0, "")

@@ -116,6 +116,10 @@ class StepDirectory:
                     return self._store.child(name)
         return self._store.child(usual)
 
+    def usual_store_of(self, step: int) -> Store:
+        """Where a step is saved that is not there under another name; looks at nothing."""
+        return self._store.child(self._name_of(step))
+
     def fingerprint_of(self, step: int) -> Any:
         """As `fingerprint`, of a step."""
         return self.store_of(step).fingerprint(MANIFEST_NAME)
@@ -179,7 +183,10 @@ class StepDirectory:
 
     def begin(self, step: int) -> Store:
         """Where a step will be saved; not swept until `end`."""
-        store = self.store_of(step)
+        try:
+            store = self.store_of(step)
+        except OSError:  # the save will meet it too, and say so
+            store = self.usual_store_of(step)
         with self._sweep_lock:
             self._busy = store.name
         return store

@@ -187,8 +187,9 @@ class Store(abc.ABC):
     def delete(self, name: str) -> None:
         """Deletes an object durably, if it is there."""
 
+    @abc.abstractmethod
     def confirm(self) -> None:
-        """Makes durable what others have published here; object stores acknowledge nothing earlier."""
+        """Makes durable what others have published here."""
 
     @abc.abstractmethod
     def child(self, name: str) -> Store:
@@ -740,6 +741,9 @@ class KeyValueStore(Store):
             return self._value(name, slice(0, _FINGERPRINT_BYTES))
         except FileNotFoundError:
             return None
+
+    def confirm(self) -> None:
+        """Nothing to do: what can be read is durable."""
 
     def remove_if_empty(self) -> None:
         """Nothing to do: a prefix without objects is not there."""

@@ -317,6 +317,9 @@ class WatchedStore(Store):
         self._tell("delete", name)
         self._inner.delete(name)
 
+    def confirm(self) -> None:
+        self._inner.confirm()
+
     def child(self, name: str) -> Store:
         return WatchedStore(os.path.join(self.path, name), self._tell)
 

@@ -191,6 +191,9 @@ class MemoryStore(Store):
     def delete(self, name: str) -> None:
         self._refuse()
 
+    def confirm(self) -> None:
+        self._refuse()
+
     def child(self, name: str) -> Store:
         self._refuse()
 
