@@ -182,9 +182,11 @@ def retract(store: Store) -> bool:
         hold = None
     except BlockingIOError:
         return False
-    store.delete(MANIFEST_NAME)
-    if hold is not None:
-        hold.release()
+    try:
+        store.delete(MANIFEST_NAME)
+    finally:  # whoever keeps the exception keeps this frame
+        if hold is not None:
+            hold.release()
     sweep(store)
     return True
 
@@ -208,13 +210,14 @@ def sweep(store: Store) -> list[str]:
             return doomed  # somebody is saving here
         except (FileNotFoundError, NotADirectoryError):
             continue
-        # Only now: its writer may have committed it just before it let go.
-        if _is_named(store, name):
-            continue
-        store.delete_tree(name)
-        doomed.append(name)
-        if hold is not None:
-            hold.release()
+        try:
+            # Only now: its writer may have committed it just before it let go.
+            if not _is_named(store, name):
+                store.delete_tree(name)
+                doomed.append(name)
+        finally:
+            if hold is not None:
+                hold.release()
     is_checkpoint = store.exists(MANIFEST_NAME)
     for name in names:
         is_cut_off = cut_off_name(name) in (MANIFEST_NAME, METADATA_NAME, PIN_NAME)

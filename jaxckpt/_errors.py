@@ -40,8 +40,8 @@ class Problem:
 
     Attributes:
       key: Key of the leaf, or None when the problem belongs to no leaf.
-      kind: Stable word for programs: ``"missing"``, ``"unexpected"``, ``"shape"``, ``"dtype"``, ``"kind"``,
-        ``"checksum"``, ``"length"``, ``"object"``, ``"manifest"``, ``"version"``, ``"leaf"``.
+      kind: Stable word for programs: ``"missing"``, ``"unreadable"``, ``"unexpected"``, ``"shape"``, ``"dtype"``,
+        ``"kind"``, ``"checksum"``, ``"length"``, ``"object"``, ``"manifest"``, ``"version"``, ``"leaf"``.
       message: What is wrong, for people, with both values.
     """
 

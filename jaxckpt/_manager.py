@@ -212,7 +212,7 @@ class CheckpointManager:
         self._pending_step = -1
         self._is_preempted = False
         self._has_answered_preemption = False
-        self._has_no_time_left = False  # for another save than the one that was in flight when the end was announced
+        self._has_no_time_left = False  # for another save than the one in flight
         # Shared with background threads.
         self._lock = threading.Lock()
         self._tidy_lock = threading.Lock()
@@ -306,7 +306,7 @@ class CheckpointManager:
         if in_flight is not None and reason == _PREEMPTED and not self._has_time_for_another(in_flight):
             self._has_answered_preemption = True
             self._has_no_time_left = True
-            self._unsaved = call
+            self._unsaved = call if self._saves_last else None
             self._tell(
                 "skipped",
                 step,
@@ -314,7 +314,7 @@ class CheckpointManager:
             )
             return in_flight
         if in_flight is not None and self._skips_if_busy and reason not in _URGENT:
-            self._unsaved = call
+            self._unsaved = call if self._saves_last else None
             self._tell(
                 "skipped", step, f"step {step} is not saved: step {self._pending_step} is still on its way"
             )
@@ -368,7 +368,9 @@ class CheckpointManager:
         except BaseException as error:  # an interrupt, too
             if not pending.done() and job is not None:
                 job.abandon(error)
-            is_of_the_caller = not isinstance(error, CheckpointError) or isinstance(error, UnsupportedLeafError)
+            is_of_the_caller = not isinstance(error, CheckpointError) or isinstance(
+                error, UnsupportedLeafError
+            )
             if is_of_the_caller:
                 self._forget(pending)
                 raise
@@ -420,6 +422,8 @@ class CheckpointManager:
         fingerprint = self._directory.fingerprint_of(step)
         if fingerprint is None or self._damaged.get(step) == fingerprint:
             return False
+        if step == self._failed_step:  # it may not be durable
+            return False
         self._schedule.note_resumed(step)
         message = (
             f"step {step} is not saved: it is in {self._directory.path!r} already, from an earlier run\n"
@@ -435,6 +439,7 @@ class CheckpointManager:
         try:
             self._directory.sweep_all()
         except OSError as error:
+            self._is_swept = False
             _log.warning("cannot sweep %r: %s", self._directory.path, error)
 
     def _newest_good(self) -> str:
@@ -474,8 +479,11 @@ class CheckpointManager:
         with self._tidy_lock:
             try:
                 self._directory.sweep()
-                self._directory.sweep_step(step)  # one that was replaced may have been too damaged to be removed
+                self._directory.sweep_step(
+                    step
+                )  # one that was replaced may have been too damaged to be removed
             except OSError as error:
+                self._is_swept = False
                 _log.warning("cannot sweep %r: %s", self._directory.path, error)
             try:
                 self._delete_old()
@@ -488,6 +496,7 @@ class CheckpointManager:
         try:
             self._directory.write_cache()
         except OSError as error:
+            self._is_swept = False
             _log.warning("cannot write checkpoint.json in %r: %s", self._directory.path, error)
 
     # --- keeping ----------------------------------------------------------------------------------------------
@@ -510,7 +519,7 @@ class CheckpointManager:
         verdicts = {verdict.step: verdict for verdict in self._judge(records)}
         for step in self._directory.committed():
             if step not in verdicts:
-                verdicts[step] = Verdict(step, True, ("it is damaged, and left alone",))
+                verdicts[step] = Verdict(step, True, ("it cannot be read, and is left alone",))
         return [verdicts[step] for step in sorted(verdicts)]
 
     def prune(self) -> list[int]:
@@ -977,7 +986,7 @@ def _is_damage(error: CheckpointError) -> bool:
     if isinstance(error, FormatError):
         return not any(problem.kind == "version" for problem in error.problems)
     if isinstance(error, CorruptError):
-        return True
+        return any(problem.kind != "unreadable" for problem in error.problems)
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
 
 

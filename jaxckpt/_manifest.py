@@ -47,7 +47,7 @@ _MAGIC = "jaxckpt"
 # The frame up to its checksum: an array of three, a string of seven, 16 bytes.
 _HEAD = b"\x93\xa7jaxckpt\xc4\x10"
 MANIFEST_HEAD_BYTES = len(_HEAD) + CHECKSUM_BYTES
-_TIME_S_MAX = 253402300800  # the year 10000, the end of dates in Python and ISO 8601
+TIME_S_MAX = 253402300800  # the year 10000, the end of dates in Python and ISO 8601
 _METADATA_BYTES_MAX = 1 << 26  # they are a few hundred bytes, and read whole
 ITEMS_BYTES_MAX = 1 << 30  # read whole too; what is larger belongs into the tree
 _OBJECT_BYTES_MAX = 1 << 50  # keeps all sums of the columns far from the end of int64
@@ -465,7 +465,7 @@ class _Parser:
 
     def _created_s(self) -> float:
         created_s = self._fields["created_s"]
-        if type(created_s) not in (int, float) or not 0 <= created_s < _TIME_S_MAX:
+        if type(created_s) not in (int, float) or not 0 <= created_s < TIME_S_MAX:
             self._fail("it was written at no possible time")
         return float(created_s)
 

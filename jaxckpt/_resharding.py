@@ -320,7 +320,7 @@ class ReadExecutor:
                         plan, name, "length", f"does not have the {length} bytes that it was written with"
                     )
             except OSError as error:
-                self._report_object(plan, name, "missing", _describe_os_error(error))
+                self._report_object(plan, name, _kind_of(error), _describe_os_error(error))
 
     def check_metadata(self, entries: Iterable[StoredObject]) -> None:
         """Verifies metadata objects."""
@@ -332,7 +332,7 @@ class ReadExecutor:
         try:
             data = self._store.read(entry.name, entry.length)
         except OSError as error:
-            self._report(None, "missing", f"object {entry.name}: {_describe_os_error(error)}")
+            self._report(None, _kind_of(error), f"object {entry.name}: {_describe_os_error(error)}")
             return None
         self._count(len(data))
         if len(data) != entry.length:
@@ -431,7 +431,7 @@ class ReadExecutor:
             count = self._store.read_into(unit.object, unit.offset, buffer)
         except OSError as error:
             for part in unit.parts:
-                self._report_part(unit, part, "missing", _describe_os_error(error))
+                self._report_part(unit, part, _kind_of(error), _describe_os_error(error))
             return False
         self._count(count)
         if count < unit.length:
@@ -533,6 +533,12 @@ def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 def _slices(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(lo - start, hi - start) for lo, hi, start in zip(*box, origin, strict=True))
+
+
+def _kind_of(error: OSError) -> str:
+    """``"missing"`` when bytes are lost; ``"unreadable"`` when the process or the machine lacks something."""
+    is_lost = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+    return "missing" if is_lost else "unreadable"
 
 
 def _describe_os_error(error: OSError) -> str:

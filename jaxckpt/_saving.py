@@ -34,7 +34,7 @@ from ._items import encode_items
 from ._keys import flatten
 from ._layout import LeafExtent, WritePlan, plan_writes
 from ._leaves import Template, inspect_leaves
-from ._manifest import ITEMS_BYTES_MAX, ITEMS_NAME, ChunkTable, LeafSpec, Manifest, StoredObject
+from ._manifest import ITEMS_BYTES_MAX, ITEMS_NAME, TIME_S_MAX, ChunkTable, LeafSpec, Manifest, StoredObject
 from ._persist import PieceWriter
 from ._progress import Progress, ProgressMeter
 from ._shardings import describe_sharding
@@ -352,7 +352,7 @@ class SaveJob:
             spec_index[leaf] = specs[identity]
         return Manifest(
             data=self._attempt.data,
-            created_s=max(0.0, self._context.wall_s()),  # a clock that was never set may be before 1970
+            created_s=_possible_time(self._context.wall_s()),
             writer=library_versions(),
             metadata=self._metadata,
             nodes=self._flat.nodes,
@@ -403,6 +403,11 @@ def _copy_metadata(metadata: Any) -> Any:
     raise TypeError(
         f"metadata= must be plain data: None, bool, int, float, str, bytes, lists and dicts; {reason}"
     )
+
+
+def _possible_time(time_s: float) -> float:
+    """What a manifest can say of the time: clocks that were never set may be before 1970, or anywhere."""
+    return min(max(0.0, time_s), TIME_S_MAX - 1.0) if math.isfinite(time_s) else 0.0
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import json
 import logging
 import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -209,23 +210,27 @@ class StepDirectory:
         return all(retract(self._store.child(name)) for name in committed)
 
     def sweep(self) -> None:
-        """Deletes what saves left that were never committed."""
-        for _, name in self._candidates():
-            if self.fingerprint(name) is not None:
-                continue
-            with self._sweep_lock:
-                litter = [] if name == self._busy else sweep(self._store.child(name))
-            for part in litter:
-                _log.info("swept %s/%s/%s, which was never committed", self.path, name, part)
+        """Deletes what saves left that were never committed; what cannot be deleted does not keep the rest."""
+        _call_all([functools.partial(self._sweep_uncommitted, name) for _, name in self._candidates()])
+
+    def _sweep_uncommitted(self, name: str) -> None:
+        if self.fingerprint(name) is not None:
+            return
+        with self._sweep_lock:
+            litter = [] if name == self._busy else sweep(self._store.child(name))
+        for part in litter:
+            _log.info("swept %s/%s/%s, which was never committed", self.path, name, part)
 
     def sweep_all(self) -> None:
         """As `sweep`, and what an overwrite left in steps that are committed."""
-        self.sweep()
-        for name in self._store.names():
-            if cut_off_name(name) == CACHE_NAME:
-                self._store.delete(name)
-        for step in self.committed():
-            self.sweep_step(step)
+        cut_off = [name for name in self._store.names() if cut_off_name(name) == CACHE_NAME]
+        _call_all(
+            [
+                self.sweep,
+                *[functools.partial(self._store.delete, name) for name in cut_off],
+                *[functools.partial(self.sweep_step, step) for step in self.committed()],
+            ]
+        )
 
     def sweep_step(self, step: int) -> None:
         """Deletes what an overwrite left in a step."""
@@ -278,6 +283,18 @@ class StepDirectory:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return {}
         return {record.name: record for record in records}
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    """Makes every call, whichever of them storage refuses, and raises the first refusal in the end."""
+    failures: list[OSError] = []
+    for call in calls:
+        try:
+            call()
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def _checksum_of(entries: list[Any]) -> str:

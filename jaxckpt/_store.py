@@ -89,10 +89,13 @@ class Hold:
         """Ends the hold; again and again without harm."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            self._close(descriptor)
 
     def __del__(self) -> None:
         self.release()
+
+    # At the end of the program the module may be gone before the last hold.
+    _close = staticmethod(os.close)
 
 
 _holds: weakref.WeakSet[Hold] = weakref.WeakSet()

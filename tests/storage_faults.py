@@ -174,7 +174,13 @@ class RefusingKernel(NotedKernel):
     """
 
     def __init__(
-        self, number: int, calls: tuple[str, ...] = CALLS, at: int = 1, *, is_lasting: bool = False, where: str = ""
+        self,
+        number: int,
+        calls: tuple[str, ...] = CALLS,
+        at: int = 1,
+        *,
+        is_lasting: bool = False,
+        where: str = "",
     ) -> None:
         super().__init__()
         self.number = number
@@ -227,7 +233,9 @@ def listing(root: pathlib.Path) -> list[str]:
     names = []
     for directory, directories, files in os.walk(root):
         inside = [f"{name}/" for name in directories] + files
-        names += [os.path.relpath(os.path.join(directory, name), root) + "/" * name.endswith("/") for name in inside]
+        names += [
+            os.path.relpath(os.path.join(directory, name), root) + "/" * name.endswith("/") for name in inside
+        ]
     return sorted(re.sub(r"(?<=data-)[0-9a-f]{16}(?=/)", "*", name) for name in names)
 
 
@@ -237,7 +245,13 @@ def fingerprints(root: pathlib.Path) -> dict[str, tuple[Any, ...]]:
     for path in [root, *root.rglob("*")]:
         status = path.lstat()
         content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        found[str(path.relative_to(root))] = (status.st_mode, status.st_ino, status.st_mtime_ns, status.st_size, content)
+        found[str(path.relative_to(root))] = (
+            status.st_mode,
+            status.st_ino,
+            status.st_mtime_ns,
+            status.st_size,
+            content,
+        )
     return found
 
 

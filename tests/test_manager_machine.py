@@ -280,7 +280,7 @@ def ranking(saved: dict[int, Saved], best: jaxckpt.Best) -> list[int]:
     """Steps with the metric, best first, of equal ones the newest."""
     sign = 1 if best.mode == "min" else -1
     values = {step: entry.call.metrics.get(best.metric, math.nan) for step, entry in saved.items()}
-    steps = [step for step, value in values.items() if value == value]  # NaN equals nothing
+    steps = [step for step, value in values.items() if not math.isnan(value)]
     return sorted(steps, key=lambda step: (sign * values[step], -step))
 
 
@@ -313,6 +313,7 @@ FAILURES = st.builds(
 CRASHES = st.builds(
     Accident, at=st.integers(1, 70), kind=st.sampled_from(["dies before", "dies after", "dies within"])
 )
+ACCIDENTS = st.one_of(*[st.none()] * 6, FAILURES, CRASHES)
 CHOICE = st.integers(0, 1000)  # of a list whose length is known only then
 MINUTE_S, YEAR_S = 60.0, 365 * 86400.0
 
@@ -380,13 +381,11 @@ class ManagerMachine(RuleBasedStateMachine):
         self.unchecked |= set(self.saved)
 
     @precondition(lambda self: self.manager is not None)
-    @rule(accident=st.none() | st.none() | FAILURES | CRASHES)
+    @rule(accident=ACCIDENTS)
     def close(self, accident: Accident | None) -> None:
         manager, mind = self.manager, self.mind
         call = mind.unsaved
-        is_due = call is not None and call.step != mind.last_step
-        if is_due and call.step in self.saved and call.step not in mind.damaged:
-            is_due = False
+        is_due = call is not None and call.step != mind.last_step and not self.is_there_already(call.step)
         self.run(manager.close, call if is_due else None, accident)
         self.forget()
 
@@ -406,7 +405,7 @@ class ManagerMachine(RuleBasedStateMachine):
         advance=st.integers(1, 6),
         metrics=METRICS,
         force=st.booleans(),
-        accident=st.sampled_from([None] * 6) | FAILURES | CRASHES,
+        accident=ACCIDENTS,
     )
     def save_next(
         self, advance: int, metrics: dict[str, float], force: bool, accident: Accident | None
@@ -419,7 +418,7 @@ class ManagerMachine(RuleBasedStateMachine):
         metrics=METRICS,
         force=st.booleans(),
         overwrite=st.booleans(),
-        accident=st.none() | FAILURES | CRASHES,
+        accident=ACCIDENTS,
     )
     def save_any(self, step: int, metrics: Any, force: bool, overwrite: bool, accident: Any) -> None:
         self.save(step, metrics, force=force, overwrite=overwrite, accident=accident)
@@ -430,7 +429,7 @@ class ManagerMachine(RuleBasedStateMachine):
         metrics=METRICS,
         force=st.booleans(),
         overwrite=st.booleans(),
-        accident=st.none() | FAILURES | CRASHES,
+        accident=ACCIDENTS,
     )
     def save_again(self, choice: int, metrics: Any, force: bool, overwrite: bool, accident: Any) -> None:
         step = self.choose(self.saved, choice)
@@ -454,7 +453,7 @@ class ManagerMachine(RuleBasedStateMachine):
         is_saved = is_wanted and (overwrite or step != mind.last_step)
         if is_wanted and not is_saved:
             mind.unsaved = None
-        if is_saved and not overwrite and step in self.saved and step not in mind.damaged:
+        if is_saved and not overwrite and self.is_there_already(step):
             mind.note(step, self.passed_s)
             mind.unsaved = None
             is_saved = False
@@ -485,6 +484,11 @@ class ManagerMachine(RuleBasedStateMachine):
         self.note_saved(calls[-1])
         self.expect_tidied()
 
+    def is_there_already(self, step: int) -> bool:
+        """Whether a save without overwrite= leaves the step alone."""
+        is_doubtful = step in self.mind.damaged or step == self.mind.failed_step
+        return step in self.saved and not is_doubtful
+
     def run(self, operate: Callable[[], Any], call: Call | None, accident: Accident | None) -> None:
         """Does something that saves, or saves nothing, and finds out what became of it."""
         manager = self.manager
@@ -503,6 +507,8 @@ class ManagerMachine(RuleBasedStateMachine):
             failure = error
         self.wait_for_threads()
         if self.disk.is_dead:
+            if any(what == "committed" for what, _ in self.disk.history):
+                self.mind.failed_step = None
             self.accept_history(call)
             self.bury()
             return
@@ -574,11 +580,11 @@ class ManagerMachine(RuleBasedStateMachine):
         self.unchecked.add(call.step)
 
     def doomed(self) -> set[int]:
-        """What retention deletes now."""
+        """What retention deletes now; a step whose save failed may be there, but not durable, and makes none old."""
         judged = {
             step: entry
             for step, entry in self.saved.items()
-            if entry.damage != "manifest" and step not in self.mind.damaged
+            if entry.damage != "manifest" and step not in self.mind.damaged and step != self.mind.failed_step
         }
         kept = steps_to_keep(judged, self.mind.policy, self.wall_s)
         return set(judged) - kept - {self.mind.last_step} - self.held()
@@ -648,7 +654,7 @@ class ManagerMachine(RuleBasedStateMachine):
     # --- rules: deleting and pinning --------------------------------------------------------------------------
 
     @precondition(lambda self: self.manager is not None)
-    @rule(choice=CHOICE, accident=st.none() | st.none() | FAILURES | CRASHES)
+    @rule(choice=CHOICE, accident=ACCIDENTS)
     def delete(self, choice: int, accident: Accident | None) -> None:
         step = self.choose([*self.saved, 61], choice)
         if step not in self.saved:
@@ -671,7 +677,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self.is_cache_exact = True
 
     @precondition(lambda self: self.manager is not None)
-    @rule(accident=st.none() | st.none() | FAILURES | CRASHES)
+    @rule(accident=ACCIDENTS)
     def prune(self, accident: Accident | None) -> None:
         doomed = self.doomed()
         deleted: list[int] = []
@@ -686,7 +692,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.is_cache_exact |= bool(doomed)
 
     @precondition(lambda self: self.manager is not None and self.saved)
-    @rule(choice=CHOICE, accident=st.none() | st.none() | FAILURES | CRASHES, pins=st.booleans())
+    @rule(choice=CHOICE, accident=ACCIDENTS, pins=st.booleans())
     def pin_or_unpin(self, choice: int, accident: Accident | None, pins: bool) -> None:
         step = self.choose(self.saved, choice)
         act = self.manager.pin if pins else self.manager.unpin
@@ -888,7 +894,8 @@ class ManagerMachine(RuleBasedStateMachine):
         for entry in self.saved.values():
             inside = set(os.listdir(self.root / entry.name))
             data = {name for name in inside if name.startswith("data-")}
-            assert len(data) == 1, inside
+            # A damaged manifest may name any of those that overwrites left.
+            assert len(data) == 1 or entry.damage == "manifest", inside
             own = {MANIFEST, "zarr.json"} | ({"pinned"} if entry.is_pinned else set())
             foreign = {"notes.txt"} if f"{entry.name}/notes.txt" in self.foreign else set()
             assert inside - data == own | foreign
@@ -978,4 +985,4 @@ def run_machine(examples: int) -> None:
 
 @pytest.mark.slow
 def test_no_order_of_events_makes_the_manager_lose_a_step_or_leave_litter(quick_collection):
-    run_machine(int(os.environ.get("JAXCKPT_TEST_EXAMPLES", "60")))
+    run_machine(int(os.environ.get("JAXCKPT_TEST_EXAMPLES", "150")))

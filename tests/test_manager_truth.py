@@ -1,4 +1,4 @@
-"""A manager tells the truth of saves that fail, of saves in flight, of damaged steps, and of what a save cost.
+"""A manager tells the truth of saves that fail, of saves in flight and of damaged steps; items belong to their step.
 
 The faults here are single ones, which show what is said and how it goes on; ``test_faults.py`` goes through them all.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import errno
 import gc
-import io
 import logging
 import os
 import pathlib
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -107,7 +105,8 @@ def test_nothing_is_left_of_every_third_save(path: pathlib.Path, *, is_waited_fo
         pending = manager.save(step, tree_of(step))
         assert pending is not None
         if is_waited_for:
-            assert (pending.exception() is None) == pending.wait_done(60) or step % 3 == 0
+            assert pending.wait_done(60)
+            assert isinstance(pending.exception(), jaxckpt.WriteError) == (step % 3 == 0)
             pending.wait_until_idle()
             good = [number for number in range(1, step + 1) if number % 3]
             assert manager.steps() == good[-2:]
@@ -123,7 +122,8 @@ def test_a_step_that_failed_can_be_tried_again(path: pathlib.Path) -> None:
     manager = manager_on(path, kernel, save_interval_steps=100)
     first = manager.save(100, tree_of(100))
     assert first is not None
-    assert isinstance(first.failure or (first.wait_done(60) and first.exception()), jaxckpt.WriteError)
+    with pytest.raises(jaxckpt.WriteError, match="Input/output error"):
+        first.wait()
     again = manager.save(100, tree_of(100))
     assert again is not None
     assert again.wait().step == 100
@@ -319,7 +319,8 @@ def test_steps_are_never_mixed(path: pathlib.Path, if_busy: Any) -> None:
                 array[:] = step
             manager.save(step, arrays, metrics={"step": step}, items={"step": step})
     steps = manager.steps()
-    assert steps == list(range(1, 41)) if if_busy == "wait" else len(steps) >= 1
+    assert steps
+    assert if_busy == "skip" or steps == list(range(1, 41))
     for step in steps:
         assert manager.open(step).metrics == manager.open(step).items == {"step": step}
         assert_same_tree(manager.restore(step), {name: np.full(5000, float(step)) for name in arrays})
@@ -494,8 +495,8 @@ def test_if_all_steps_are_damaged_nothing_is_restored(path: pathlib.Path) -> Non
     with pytest.raises(jaxckpt.CorruptError) as raised:
         CheckpointManager(path).resume()
     assert {problem.kind for problem in raised.value.problems} == {"manifest", "checksum"}
-    for step in (1, 2):
-        manager.delete(step)
+    manager.delete(1)
+    shutil.rmtree(path / name_of(2))
     assert manager.resume() is None
     with pytest.raises(jaxckpt.NotFoundError, match="no step is committed"):
         manager.restore()
@@ -515,6 +516,19 @@ def test_where_nothing_is_nothing_is_restored(path: pathlib.Path) -> None:
                 ask(3)
         (path / name_of(3) / "data-0123456789abcdef").mkdir(parents=True, exist_ok=True)
     assert listing(path) == [f"{name_of(3)}/", f"{name_of(3)}/data-*/"]
+
+
+def test_a_file_in_place_of_the_directory_is_told_and_left_alone(path: pathlib.Path) -> None:
+    path.write_bytes(b"mine")
+    manager = CheckpointManager(path)
+    assert manager.steps() == []
+    assert manager.resume() is None
+    pending = manager.save(1, tree_of(1))
+    assert pending is not None
+    with pytest.raises(jaxckpt.WriteError, match="Not a directory"):
+        pending.wait()
+    manager.close()
+    assert path.read_bytes() == b"mine"
 
 
 def test_a_tree_that_does_not_fit_is_no_damage(path: pathlib.Path) -> None:
@@ -632,104 +646,3 @@ def test_an_iterator_of_grain_goes_on_where_it_was(path: pathlib.Path) -> None:
     source = iter(dataset)
     CheckpointManager(path).restore(5, items={"data": source})
     assert [batch.tolist() for batch in source] == whole[5:]
-
-
-# --- what observers are told ----------------------------------------------------------------------------------
-
-
-def test_a_save_says_what_it_cost(path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "jaxckpt")
-    events = Events()
-    infos = []
-    with CheckpointManager(path, max_to_keep=1, on_event=events) as manager:
-        for step in range(1, 4):
-            pending = manager.save(step, {"w": jnp.ones((64, 1024)), "b": jnp.ones(3)})
-            assert pending is not None
-            infos.append(pending.wait())
-    for step, info in enumerate(infos, start=1):
-        assert info.step == step
-        assert info.path == str(path / name_of(step))
-        assert (info.nbytes, info.leaves) == (64 * 1024 * 4 + 12, 2)
-        size = sum(file.stat().st_size for file in [data_of(path, 3)]) if step == 3 else info.nbytes
-        assert info.bytes_written >= size
-        assert 0 <= info.waited_s <= info.blocked_s <= info.seconds
-        assert 0 < info.snapshot_s <= info.seconds
-        assert 0 < info.persist_s <= info.seconds
-        assert info.bytes_per_s == info.bytes_written / info.persist_s
-    assert [event.info for event in events if event.kind == "saved"] == infos
-    assert [(event.kind, event.step) for event in events if event.kind == "deleted"] == [
-        ("deleted", 1),
-        ("deleted", 2),
-    ]
-    assert {event.kind for event in events} == {"saving", "saved", "deleted"}
-    assert all(str(event.step) in event.message for event in events)
-    lines = records_of(caplog, logging.INFO)
-    assert len(lines) == 3
-    assert all(line.startswith(f"saved {path}") for line in lines)
-    assert records_of(caplog, logging.WARNING) == records_of(caplog, logging.ERROR) == []
-
-
-def test_an_observer_that_raises_does_no_harm(path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    def observe(event: jaxckpt.CheckpointEvent) -> None:
-        raise RuntimeError(f"an observer of {event.kind}")
-
-    kernel = RefusingKernel(errno.ENOSPC, ("pwrite",), 0)
-    manager = manager_on(path, kernel, max_to_keep=1, on_event=observe)
-    manager.save(1, tree_of(1))
-    manager.wait()
-    kernel.at, kernel.count = 1, 0
-    manager.save(2, tree_of(2))
-    with pytest.raises(jaxckpt.WriteError):
-        manager.wait()
-    manager.save(3, tree_of(3))
-    manager.close()
-    flip_a_bit(path / name_of(3) / MANIFEST)
-    with pytest.raises(jaxckpt.CorruptError):
-        manager.resume()
-    assert sorted(entry.name for entry in path.iterdir()) == ["checkpoint.json", name_of(3)]
-    for kind in ("saving", "saved", "failed", "deleted", "damaged"):
-        assert f"an observer of {kind}" in caplog.text
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_long_save_shows_a_bar_on_a_terminal_and_wipes_it_away(
-    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    gates = [gate_of(1), gate_of(2)]
-
-    class Gates(GateKernel):
-        def before(self, operation: Operation) -> None:
-            for gate in gates:
-                gate.before(operation)
-
-    with manager_on(path, Gates(lambda operation: False), progress=True) as manager:
-        for step, gate in enumerate(gates, start=1):
-            pending = manager.save(step, {"w": jnp.ones((4, MIB))})
-            assert pending is not None
-            assert gate.reached.wait(60)
-            # Bars are for saves of more than a second, so this one must be.
-            assert not threading.Event().wait(1.05 - pending.progress().elapsed_s)
-            gate.may_go_on.set()
-            pending.wait()
-            shown = terminal.getvalue()
-            assert "[####" in shown
-            assert "100%" in shown
-            assert shown.endswith("\r\x1b[K")
-            terminal.truncate(0)
-            terminal.seek(0)
-
-
-def test_short_saves_and_other_streams_show_no_bar(
-    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for stream in (Terminal(), io.StringIO()):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with CheckpointManager(path, progress=True) as manager:
-            manager.save(1, tree_of(1), overwrite=True)
-        assert stream.getvalue() == ""
