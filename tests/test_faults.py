@@ -691,6 +691,59 @@ def test_a_directory_that_goes_away_during_a_save(
             assert len(list((path / name).glob("data-*"))) == 1
 
 
+class ChangingAfterKernel(NotedKernel):
+    """Does something once, right after a call."""
+
+    def __init__(self, is_awaited: Callable[[Operation], bool], change: Callable[[], None]) -> None:
+        super().__init__()
+        self._is_awaited = is_awaited
+        self._change = change
+        self.has_changed = False
+
+    def after(self, operation: Operation) -> None:
+        super().after(operation)
+        if not self.has_changed and self._is_awaited(operation):
+            self.has_changed = True
+            self._change()
+
+
+@pytest.mark.parametrize("moment", ["after the first object", "after the last sync"])
+def test_a_directory_that_was_deleted_is_not_made_again_for_the_rest_of_a_save(
+    path: pathlib.Path, moment: str
+) -> None:
+    """Else a manifest would be put beside a part of its data, or none."""
+    step = path / "step_00000002"
+
+    def is_awaited(operation: Operation) -> bool:
+        if moment == "after the first object":
+            return operation.call == "fsync" and "/data-" in operation.path
+        return operation == Operation("fsync", str(step))
+
+    def change() -> None:
+        if moment == "after the first object":
+            (new,) = {entry.name for entry in step.glob("data-*")} - {old}
+            shutil.rmtree(step / new)
+        else:
+            shutil.rmtree(path)
+
+    with nothing_leaks():
+        with make_manager(path) as manager:
+            save(manager, 10).wait()
+            save(manager, 20).wait()
+        old = jaxckpt.open(step).manifest.data
+        kernel = ChangingAfterKernel(is_awaited, change)
+        manager = make_manager(path, kernel, options=jaxckpt.SaveOptions(io_threads=1))
+        # Few objects, so that no other directory than those that would be made again was written to.
+        pending = manager.save(2, {"w": np.arange(5.0)}, overwrite=True)
+        assert pending is not None
+        with pytest.raises(jaxckpt.WriteError, match="ENOENT"):
+            pending.wait()
+        assert kernel.has_changed
+        manager.close()
+        check_steps(path, {1: 10, 2: 20} if moment == "after the first object" else {})
+        assert not path.exists() or {entry.name for entry in step.glob("data-*")} == {old}
+
+
 @pytest.mark.parametrize("what", ["deleted", "moved"])
 def test_a_directory_that_goes_away_before_a_save(path: pathlib.Path, what: str) -> None:
     """Training that finds its directory gone makes it again."""

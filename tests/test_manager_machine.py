@@ -432,7 +432,8 @@ class ManagerMachine(RuleBasedStateMachine):
         accident=ACCIDENTS,
     )
     def save_again(self, choice: int, metrics: Any, force: bool, overwrite: bool, accident: Any) -> None:
-        step = self.choose(self.saved, choice)
+        damaged = [step for step, entry in self.saved.items() if entry.damage]
+        step = self.choose(damaged if damaged and choice % 2 else self.saved, choice // 2)
         self.save(step, metrics, force=force, overwrite=overwrite, accident=accident)
 
     @precondition(lambda self: self.manager is not None)
