@@ -98,11 +98,14 @@ class Attempt:
             old_data = self._data_to_replace()
             self._is_publishing = True
             self.store.publish(MANIFEST_NAME, data)
-        if old_data is not None:
-            # The new checkpoint exists, whatever becomes of the old one's objects.
-            with contextlib.suppress(OSError):
-                self.store.delete_tree(old_data)
         self._end_hold()
+        if old_data is not None:
+            # The new checkpoint exists, whatever becomes of the old one's objects. Who reads them may go on.
+            with contextlib.suppress(OSError):
+                hold = self.store.hold_alone(old_data)
+                self.store.delete_tree(old_data)
+                if hold is not None:
+                    hold.release()
         return len(data)
 
     def _end_hold(self) -> None:

@@ -45,7 +45,7 @@ from ._errors import (
     list_problems,
 )
 from ._manifest import MANIFEST_NAME
-from ._pending import PendingSave
+from ._pending import PendingSave, chain_of
 from ._preemption import Preemption
 from ._reading import Checkpoint, open_checkpoint
 from ._retention import Best, Retention, Verdict, best_step, judge_steps
@@ -376,6 +376,9 @@ class CheckpointManager:
                 raise
             if not pending.done():
                 pending.fail(error)
+            # The failure is kept, and would keep this frame and those of all callers, with the trees in them.
+            for link in chain_of(error):
+                link.__traceback__ = None
         finally:
             self._schedule.note_blocked(self._monotonic_s() - entered_s)
         self._unsaved = None
@@ -389,6 +392,7 @@ class CheckpointManager:
         failure.__cause__ = error
         self._schedule.note_resumed(step)
         self._unsaved = None
+        self._has_answered_preemption |= self._is_preempted
         pending = PendingSave(store.path, functools.partial(self._on_end, step))
         pending.fail(failure)
         return pending
@@ -457,7 +461,8 @@ class CheckpointManager:
         failure = pending.failure
         with self._lock:
             if failure is not None:
-                self._failures.append(pending)
+                # Who has seen one may have left frames in it.
+                self._failures = [older for older in self._failures if older.is_unseen()] + [pending]
                 self._failed_step = step
                 self._is_swept = False  # storage that refuses to write may refuse to delete, too
                 if self._last_step == step:
@@ -656,11 +661,17 @@ class CheckpointManager:
           NotFoundError: There is no such step.
           FormatError: Its manifest is damaged, or needs a newer version.
         """
-        if step is None:
-            step = self.latest_step()
-            if step is None:
-                raise NotFoundError(f"no step is committed in {self._directory.path!r}")
-        return open_checkpoint(self._require(step))
+        if step is not None:
+            return open_checkpoint(self._require(step))
+        newest = self.latest_step()
+        while newest is not None:
+            try:
+                return open_checkpoint(self._directory.store_of(newest))
+            except NotFoundError:
+                before, newest = newest, self.latest_step()
+                if newest == before:
+                    raise
+        raise NotFoundError(f"no step is committed in {self._directory.path!r}")
 
     @property
     def directory(self) -> str:
@@ -737,23 +748,29 @@ class CheckpointManager:
             return step, self._restore_step(step, like, keywords)
         damage: list[Problem] = []
         cause: CheckpointError | None = None
-        for candidate in reversed(self.steps()):
-            fingerprint = self._directory.fingerprint_of(candidate)
-            try:
-                return candidate, self._restore_step(candidate, like, keywords)
-            except NotFoundError:  # deleted since it was listed
-                continue
-            except CheckpointError as error:
-                if not _is_damage(error) or not fallback:
-                    raise
-                cause = cause or error
-                damage.extend(error.problems)
-                with self._lock:
-                    self._damaged[candidate] = fingerprint
-                _log.error("step %d is damaged, the one before it is tried: %s", candidate, error)
-                self._tell("damaged", candidate, f"step {candidate} is damaged: {error}", error=error)
+        tried: set[int] = set()
+        # A quick trainer may delete all the steps of a list before they are read; then younger ones are there.
+        while candidates := [candidate for candidate in self.steps() if candidate not in tried]:
+            tried.update(candidates)
+            for candidate in reversed(candidates):
+                fingerprint = self._directory.fingerprint_of(candidate)
+                try:
+                    return candidate, self._restore_step(candidate, like, keywords)
+                except NotFoundError:  # deleted since it was listed
+                    continue
+                except CheckpointError as error:
+                    if not _is_damage(error) or not fallback:
+                        raise
+                    cause = cause or error
+                    damage.extend(error.problems)
+                    with self._lock:
+                        self._damaged[candidate] = fingerprint
+                    _log.error("step %d is damaged, the one before it is tried: %s", candidate, error)
+                    self._tell("damaged", candidate, f"step {candidate} is damaged: {error}", error=error)
         if cause is None and not self._directory.committed():
             raise NotFoundError(f"no step is committed in {self._directory.path!r}")
+        if cause is None and self.steps():
+            raise NotFoundError(f"the steps in {self._directory.path!r} are being deleted")
         headline = f"every step in {self._directory.path!r} is damaged"
         raise CorruptError(list_problems(headline, damage), damage) from cause
 

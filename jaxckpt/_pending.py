@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, final
 
@@ -51,6 +52,7 @@ class PendingSave:
         self._on_end = on_end
         self._afterwards = afterwards
         self._thread: threading.Thread | None = None
+        self._ending_thread: int | None = None  # calls the hooks
 
     def start(self, job: SaveJob) -> None:
         """Stages the snapshot on the caller's thread while another one does the rest; raises if staging fails."""
@@ -85,16 +87,21 @@ class PendingSave:
         except BaseException as error:
             self._end_badly(error)
         finally:
+            del job  # the failure keeps this frame, too
             self._announce_end()
             self._call(self._afterwards)
 
     def _end_badly(self, error: BaseException) -> None:
+        # The failure may be kept for long, and with it whatever its frames refer to: the snapshot, for one.
+        for link in chain_of(error):
+            traceback.clear_frames(link.__traceback__)
         self._failure = error
         _unseen_failures.add(self)
         _log.error("%s", error)
 
     def _announce_end(self) -> None:
         self._snapshot_done.set()
+        self._ending_thread = threading.get_ident()
         if self._on_end is not None:
             self._call(functools.partial(self._on_end, self))
         _unfinished.discard(self)
@@ -119,7 +126,7 @@ class PendingSave:
           TimeoutError: It is not durable yet.
           CheckpointError: The save failed; nothing was committed.
         """
-        if not self._done.wait(timeout_s):
+        if not self.wait_done(timeout_s):
             raise TimeoutError(f"the save of {self._path!r} is not finished after {timeout_s} s")
         if self._afterwards is None:
             self.wait_until_idle()
@@ -161,7 +168,8 @@ class PendingSave:
 
     def wait_done(self, timeout_s: float | None = None) -> bool:
         """As `wait`, but says how the save ended to nobody; whether it has ended."""
-        return self._done.wait(timeout_s)
+        # A hook would wait for itself.
+        return self._ending_thread == threading.get_ident() or self._done.wait(timeout_s)
 
     @property
     def path(self) -> str:
@@ -182,8 +190,20 @@ class PendingSave:
 
     def wait_until_idle(self) -> None:
         """Waits until the thread is gone, and with it whatever a manager does after the save."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error and those that led to it."""
+    chain: list[BaseException] = []
+    left: list[BaseException | None] = [error]
+    while left:
+        link = left.pop()
+        if link is not None and not any(link is known for known in chain):
+            chain.append(link)
+            left += [link.__cause__, link.__context__]
+    return chain
 
 
 # --- the exit status ------------------------------------------------------------------------------------------

@@ -53,7 +53,10 @@ def open_checkpoint(path: Any) -> Checkpoint:
             f"cannot read the checkpoint {store.path!r}: {error.strerror or error}"
         ) from error
     try:
-        return Checkpoint(store, parse_manifest(data, store.path), len(data), hold)
+        manifest = parse_manifest(data, store.path)
+        # The manifest's hold reaches other machines on NFS; that of the data survives an overwrite.
+        holds = [each for each in (hold, store.hold_shared(manifest.data)) if each is not None]
+        return Checkpoint(store, manifest, len(data), holds)
     except BaseException:
         if hold is not None:  # whoever keeps the exception keeps this frame
             hold.release()
@@ -64,23 +67,23 @@ def open_checkpoint(path: Any) -> Checkpoint:
 class Checkpoint:
     """A committed checkpoint, open for reading. `jaxckpt.open` makes these.
 
-    As long as the object is there, no manager deletes the checkpoint, on this machine and wherever the file system's
-    locks reach.
+    As long as the object is there, no manager deletes the checkpoint, and no overwrite its data, on this machine and
+    wherever the file system's locks reach.
     """
 
     def __init__(
-        self, store: Store, manifest: Manifest, manifest_bytes: int, hold: Hold | None = None
+        self, store: Store, manifest: Manifest, manifest_bytes: int, holds: Sequence[Hold] = ()
     ) -> None:
         self._store = store
-        self._hold = hold
+        self._holds = holds
         self._manifest = manifest
         self._leaf_of_key = {key: number for number, key in enumerate(manifest.keys)}
         self._bytes_read = manifest_bytes
 
     def release(self) -> None:
         """Lets managers delete the checkpoint although the object is there still."""
-        if self._hold is not None:
-            self._hold.release()
+        for hold in self._holds:
+            hold.release()
 
     @property
     def path(self) -> str:

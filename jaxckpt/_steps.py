@@ -99,13 +99,19 @@ class StepDirectory:
 
     def committed(self) -> dict[int, str]:
         """Directory of each committed step, ascending."""
-        found: dict[int, str] = {}
-        for step, name in self._candidates():
-            # Of two widths for one step the manager's own counts, else the one that sorts first.
-            is_first = step not in found or name == self._name_of(step)
-            if is_first and self.fingerprint(name) is not None:
-                found[step] = name
-        return dict(sorted(found.items()))
+        looked_at: list[tuple[int, str]] | None = None
+        while True:
+            candidates = list(self._candidates())
+            found: dict[int, str] = {}
+            for step, name in candidates:
+                # Of two widths for one step the manager's own counts, else the one that sorts first.
+                is_first = step not in found or name == self._name_of(step)
+                if is_first and self.fingerprint(name) is not None:
+                    found[step] = name
+            # Steps that are gone before they are looked at may have been deleted for younger ones, not yet listed.
+            if found or candidates in ([], looked_at):
+                return dict(sorted(found.items()))
+            looked_at = candidates
 
     def store_of(self, step: int) -> Store:
         """Where a step is, or would be saved."""

@@ -210,6 +210,11 @@ class Store(abc.ABC):
         """As `read`; the object is not deleted as long as the hold is there, where storage can promise that."""
         return self.read(name, bytes_max), None
 
+    def hold_shared(self, name: str) -> Hold | None:
+        """Holds a directory beside others who do; None where that cannot be."""
+        del name
+        return None
+
     def hold_alone(self, name: str) -> Hold | None:
         """Holds an object or directory that nobody else holds; None where storage has no locks.
 
@@ -410,6 +415,18 @@ class LocalStore(Store):
             count = _read_all(descriptor, 0, np.frombuffer(data, np.uint8))
             is_kept = is_held and descriptor < _HELD_DESCRIPTOR_MAX
             return bytes(data[:count]), hold if is_kept else None
+
+    def hold_shared(self, name: str) -> Hold | None:
+        try:
+            descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        hold = Hold(descriptor)
+        try:
+            is_held = descriptor < _HELD_DESCRIPTOR_MAX and _lock(descriptor, fcntl.LOCK_SH)
+        except BlockingIOError:
+            return None
+        return hold if is_held else None
 
     def hold_alone(self, name: str) -> Hold | None:
         path = os.path.join(self.path, name)

@@ -774,6 +774,7 @@ def test_the_old_checkpoint_is_readable_until_the_commit(
 
     jaxckpt.save(path, tree_of(1))
     reader = jaxckpt.open(path)
+    reader.release()
     watch(stop)
     pending = jaxckpt.save_async(
         path, tree_of(2), overwrite=True, options=jaxckpt.SaveOptions(staging=staging)
@@ -790,7 +791,7 @@ def test_the_old_checkpoint_is_readable_until_the_commit(
             event.set()
     pending.wait()
     assert_same_tree(jaxckpt.restore(path), tree_of(2))
-    # Who had opened the old one is told that it is gone, and never gets values of the new one.
+    # Who does not hold the old one is told that it is gone, and never gets values of the new one.
     with pytest.raises(jaxckpt.CorruptError, match="it is missing") as caught:
         jaxckpt.restore(reader)
     assert {problem.key for problem in caught.value.problems} >= {"big", "host", "small/0"}
@@ -841,3 +842,30 @@ def test_a_tree_is_inspected_before_anything_is_written(path: pathlib.Path) -> N
     with pytest.raises(jaxckpt.UnsupportedLeafError):
         jaxckpt.save(path, {"ok": jax.numpy.ones(3), "bad": print})
     assert not path.exists()
+
+
+def test_an_overwrite_leaves_its_data_to_who_reads_the_old_checkpoint(path: pathlib.Path) -> None:
+    jaxckpt.save(path, tree_of(1))
+    reader = jaxckpt.open(path)
+    jaxckpt.save(path, tree_of(2), overwrite=True)
+    assert_same_tree(jaxckpt.restore(reader), tree_of(1))
+    assert_same_tree(jaxckpt.restore(path), tree_of(2))
+    del reader
+    jaxckpt.save(path, tree_of(3), overwrite=True)
+    assert_same_tree(jaxckpt.restore(path), tree_of(3))
+
+
+def test_a_manager_sweeps_what_an_overwrite_left_when_nobody_reads_it_any_more(path: pathlib.Path) -> None:
+    manager = jaxckpt.CheckpointManager(path)
+    manager.save(1, tree_of(1))
+    manager.wait()
+    reader = manager.open(1)
+    manager.save(1, tree_of(2), force=True, overwrite=True)
+    manager.wait()
+    assert_same_tree(jaxckpt.restore(reader), tree_of(1))
+    assert len(list(path.glob("step_00000001/data-*"))) == 2
+    del reader
+    manager.save(1, tree_of(3), force=True, overwrite=True)
+    manager.wait()
+    assert len(list(path.glob("step_00000001/data-*"))) == 1
+    assert_same_tree(manager.restore(), tree_of(3))
