@@ -132,9 +132,8 @@ def large(library: str, directory: Path, saves: int) -> dict[str, Any]:
     tree = tree_of(16, 64 << 20, 1.0)
     manager = Manager(library, directory, interval=5)
     quiet_s, blocked_s, step_s = [], [], []
-    for _ in range(20):
-        tree, own_s = train(tree)
-        quiet_s.append(own_s)
+    for _ in range(10):
+        tree, _ = train(tree)
     for step in range(5 * saves):
         began_s = time.perf_counter()
         manager.save(step, tree)
@@ -143,6 +142,9 @@ def large(library: str, directory: Path, saves: int) -> dict[str, Any]:
         tree, own_s = train(tree)
         step_s.append(own_s)
     manager.wait()
+    for _ in range(40):
+        tree, own_s = train(tree)
+        quiet_s.append(own_s)
     slowdown_s = statistics.mean(step_s) - statistics.mean(quiet_s)
     return {
         "blocked_ms": round(statistics.median(blocked_s[3:]) * 1e3, 1),
@@ -158,6 +160,7 @@ def failure(library: str, directory: Path, saves: int) -> dict[str, Any]:
     story: dict[str, Any] = {}
     for step in range(1, 6):
         if step == 3:
+            manager.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))
         try:
             manager.save(step, tree_of(4, 4 << 20, step))
