@@ -34,11 +34,12 @@ WIDTH = 128
 
 
 class JaxckptCallback(keras.callbacks.Callback):
-    """Brings a `jaxckpt.CheckpointCallback` to `fit`. A run is one epoch; `first_step` is where it begins."""
+    """Brings a `jaxckpt.CheckpointCallback` to `fit`. A run is one epoch, from `first_step` to ``last_step``."""
 
-    def __init__(self, manager: jaxckpt.CheckpointManager) -> None:
+    def __init__(self, manager: jaxckpt.CheckpointManager, last_step: int) -> None:
         super().__init__()
         self.first_step = 0
+        self._last_step = last_step
         self._checkpoints = jaxckpt.CheckpointCallback(manager)
         self._metrics: dict[str, Any] = {}
 
@@ -62,7 +63,7 @@ class JaxckptCallback(keras.callbacks.Callback):
         # Inside an epoch the values are in the hands of `fit`; reading `self.model` puts them back into the variables
         # (it calls `jax_state_sync`). The next step donates them: the save has its own copy by then.
         self._checkpoints.on_step(step, self.model.get_state_tree())
-        if self._checkpoints.should_stop:
+        if step >= self._last_step or self._checkpoints.should_stop:
             self.model.stop_training = True
 
     def on_train_end(self, _logs: dict[str, Any] | None = None) -> None:
@@ -119,11 +120,13 @@ def main() -> None:
 
     model = make_model()
     with jaxckpt.CheckpointManager(arguments.directory, save_interval_steps=arguments.save_every) as manager:
-        steps_left = arguments.steps - (manager.latest_step() or 0)
-        if steps_left > 0:
-            callback = JaxckptCallback(manager)
+        if (manager.latest_step() or 0) < arguments.steps:
+            callback = JaxckptCallback(manager, arguments.steps)
             batches = Digits(callback)
-            model.fit(batches, steps_per_epoch=steps_left, shuffle=False, callbacks=[callback], verbose=0)
+            # More steps than are left: where the run begins is known when `fit` has begun, and the callback ends it.
+            model.fit(
+                batches, steps_per_epoch=arguments.steps, shuffle=False, callbacks=[callback], verbose=0
+            )
 
 
 if __name__ == "__main__":

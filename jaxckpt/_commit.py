@@ -22,7 +22,8 @@ Nothing old is deleted before 5 is durable, so that an overwrite never has a mom
 but the manifest is ever renamed, so that the same order of steps works on object stores, and nothing in a checkpoint
 is an absolute path, so that ``cp -r`` of it is valid. Data directories of other attempts are left alone by a save, for
 their writer may be alive; the manager, which owns its directory, sweeps them: a living writer holds its data directory
-(`Hold`), and one whose directory was swept all the same fails in 4, where that directory must be there.
+(`Hold`), and one whose directory was swept all the same fails in 4, where that directory must be there. Only if there
+are no locks and the sweep was cut off may such a writer commit what is not whole; restoring it finds what is missing.
 
 Deliberately not here: which objects there are (`_layout`), and what the manifest says (`_manifest`).
 """
@@ -103,9 +104,11 @@ class Attempt:
             # The new checkpoint exists, whatever becomes of the old one's objects. Who reads them may go on.
             with contextlib.suppress(OSError):
                 hold = self.store.hold_alone(old_data)
-                self.store.delete_tree(old_data)
-                if hold is not None:
-                    hold.release()
+                try:
+                    self.store.delete_tree(old_data)
+                finally:  # whoever keeps the exception keeps this frame
+                    if hold is not None:
+                        hold.release()
         return len(data)
 
     def _end_hold(self) -> None:

@@ -116,7 +116,8 @@ class CheckpointManager:
       save_when: Save when ``save_when(step, metrics)`` is true; asked when nothing else made the step due.
       save_first: Whether to save the first step of a run that did not resume.
       save_last: Whether `close` saves the last step that `save` was called with, if it was not due. Its tree is held
-        until the next call.
+        until the next call, and is saved as it is at the end, with its items and metrics: a NumPy array that was
+        changed since, or an iterator that has moved on, is saved in its later state.
       max_overhead: Largest share of the run's time, between 0 and 1, that the loop may spend blocked by saves. Saves
         by intervals (by default: every step) are put off until the share allows one more.
       if_busy: What a due save does while another one is in flight: ``"wait"`` for it, or ``"skip"``, and the next
@@ -215,7 +216,7 @@ class CheckpointManager:
         self._has_no_time_left = False  # for another save than the one in flight
         # Shared with background threads.
         self._lock = threading.Lock()
-        self._tidy_lock = threading.Lock()
+        self._tidy_lock = threading.RLock()  # an observer of a deletion may pin and delete
         self._idle: list[PendingSave] = []  # done, but their threads may still delete
         self._failures: list[PendingSave] = []
         self._last_step: int | None = None  # in flight or committed by this manager, or restored by it
@@ -314,6 +315,7 @@ class CheckpointManager:
             )
             return in_flight
         if in_flight is not None and self._skips_if_busy and reason not in _URGENT:
+            self._schedule.note_skipped(reason)
             self._unsaved = call if self._saves_last else None
             self._tell(
                 "skipped", step, f"step {step} is not saved: step {self._pending_step} is still on its way"
@@ -336,6 +338,7 @@ class CheckpointManager:
 
     def _start(self, call: _Call, reason: str, waited_s: float, entered_s: float) -> PendingSave:
         step = call.step
+        began_s = time.perf_counter()
         for listener in self._listeners:
             listener(step, call.tree)
         if not self._is_swept:
@@ -345,6 +348,7 @@ class CheckpointManager:
             items=call.items,
             metrics=call.metrics,
             step=step,
+            began_s=began_s,
             waited_s=waited_s,
             wall_s=self._wall_s,
             newest_good=self._newest_good,
@@ -400,6 +404,7 @@ class CheckpointManager:
     def _forget(self, pending: PendingSave) -> None:
         """The caller's mistake, or an interrupt, ended a save: it is raised there, and nowhere else."""
         self._directory.end()
+        self._schedule.note_given_up()
         pending.mark_seen()
         if self._pending is pending:
             self._pending = None
@@ -426,7 +431,9 @@ class CheckpointManager:
         fingerprint = self._directory.fingerprint_of(step)
         if fingerprint is None or self._damaged.get(step) == fingerprint:
             return False
-        if step == self._failed_step:  # it may not be durable
+        if (
+            step == self._failed_step == self._pending_step
+        ):  # this manager wrote it, and it may not be durable
             return False
         self._schedule.note_resumed(step)
         message = (
@@ -507,7 +514,13 @@ class CheckpointManager:
     # --- keeping ----------------------------------------------------------------------------------------------
 
     def explain(self) -> list[Verdict]:
-        """Says of every step whether it stays after the next save, and why; changes nothing.
+        """Says of every step whether the rules keep it, as the directory is, and why; changes nothing.
+
+        A step that goes is deleted after the next save, unless somebody reads it. That save is one step more, so that
+        others may go, too.
+
+        Returns:
+          One verdict for each committed step, ascending.
 
         Example:
           >>> manager = jaxckpt.CheckpointManager(tmp / "run", max_to_keep=1, keep_period=2)
@@ -528,7 +541,18 @@ class CheckpointManager:
         return [verdicts[step] for step in sorted(verdicts)]
 
     def prune(self) -> list[int]:
-        """Deletes the steps that no rule keeps, without saving; returns those that were deleted."""
+        """Deletes the steps that no rule keeps, without saving.
+
+        Returns:
+          The steps that were deleted. Those that somebody reads, and the one that training goes on from, stay.
+
+        Example:
+          >>> with jaxckpt.CheckpointManager(tmp / "run", max_to_keep=None) as manager:
+          ...     for step in range(4):
+          ...         _ = manager.save(step, {"w": jnp.ones(3)})
+          >>> jaxckpt.CheckpointManager(tmp / "run", max_to_keep=1).prune()
+          [0, 1, 2]
+        """
         self._wait_until_done()
         with self._tidy_lock:
             newest = self.latest_step()
@@ -567,13 +591,15 @@ class CheckpointManager:
         Raises:
           NotFoundError: There is no such step.
         """
-        self._require(step)
-        self._directory.pin(step)
+        with self._tidy_lock:  # not between the judgement of a step and its deletion
+            self._require(step)
+            self._directory.pin(step)
 
     def unpin(self, step: int) -> None:
         """Takes the mark of `pin` away."""
-        self._require(step)
-        self._directory.unpin(step)
+        with self._tidy_lock:
+            self._require(step)
+            self._directory.unpin(step)
 
     def _judge(self, records: list[StepRecord]) -> list[Verdict]:
         whole = [record for record in records if not self._is_damaged(record.step)]
@@ -680,6 +706,7 @@ class CheckpointManager:
 
     def _require(self, step: int) -> Store:
         """Where a step is, which must be committed."""
+        step = _checked_step(step)
         if self._directory.fingerprint_of(step) is None:
             steps = self.steps()
             there = f"it has {', '.join(map(str, steps[-10:]))}" if steps else "nothing is committed there"
@@ -749,24 +776,24 @@ class CheckpointManager:
         damage: list[Problem] = []
         cause: CheckpointError | None = None
         tried: set[int] = set()
-        # A quick trainer may delete all the steps of a list before they are read; then younger ones are there.
+        # Listed anew each time: a quick trainer deletes a step before it is read, and then younger ones are there.
         while candidates := [candidate for candidate in self.steps() if candidate not in tried]:
-            tried.update(candidates)
-            for candidate in reversed(candidates):
-                fingerprint = self._directory.fingerprint_of(candidate)
-                try:
-                    return candidate, self._restore_step(candidate, like, keywords)
-                except NotFoundError:  # deleted since it was listed
-                    continue
-                except CheckpointError as error:
-                    if not _is_damage(error) or not fallback:
-                        raise
-                    cause = cause or error
-                    damage.extend(error.problems)
-                    with self._lock:
-                        self._damaged[candidate] = fingerprint
-                    _log.error("step %d is damaged, the one before it is tried: %s", candidate, error)
-                    self._tell("damaged", candidate, f"step {candidate} is damaged: {error}", error=error)
+            candidate = candidates[-1]
+            tried.add(candidate)
+            fingerprint = self._directory.fingerprint_of(candidate)
+            try:
+                return candidate, self._restore_step(candidate, like, keywords)
+            except NotFoundError:  # deleted since it was listed
+                continue
+            except CheckpointError as error:
+                if not _is_damage(error) or not fallback:
+                    raise
+                cause = cause or error
+                damage.extend(error.problems)
+                with self._lock:
+                    self._damaged[candidate] = fingerprint
+                _log.error("step %d is damaged, the one before it is tried: %s", candidate, error)
+                self._tell("damaged", candidate, f"step {candidate} is damaged: {error}", error=error)
         if cause is None and not self._directory.committed():
             raise NotFoundError(f"no step is committed in {self._directory.path!r}")
         if cause is None and self.steps():
@@ -925,6 +952,8 @@ class CheckpointManager:
         """Waits for the save in flight and for what comes after it."""
         if self._pending is not None and not self._pending.wait_done(timeout_s):
             raise TimeoutError(f"the save of step {self._pending_step} is not finished after {timeout_s} s")
+        if any(pending.calls_here() for pending in self._idle):
+            return  # an observer, for which what comes after a younger save may wait
         for pending in self._idle:
             pending.wait_until_idle()
 

@@ -78,6 +78,7 @@ class PendingSave:
         """Ends a save that could not even begin."""
         self._end_badly(error)
         self._announce_end()
+        self._ending_thread = None
 
     def _run(self, job: SaveJob) -> None:
         try:
@@ -90,6 +91,7 @@ class PendingSave:
             del job  # the failure keeps this frame, too
             self._announce_end()
             self._call(self._afterwards)
+            self._ending_thread = None
 
     def _end_badly(self, error: BaseException) -> None:
         # The failure may be kept for long, and with it whatever its frames refer to: the snapshot, for one.
@@ -97,7 +99,7 @@ class PendingSave:
             traceback.clear_frames(link.__traceback__)
         self._failure = error
         _unseen_failures.add(self)
-        _log.error("%s", error)
+        _log.error("%s", str(error))  # whoever keeps the record keeps no frames
 
     def _announce_end(self) -> None:
         self._snapshot_done.set()
@@ -169,7 +171,11 @@ class PendingSave:
     def wait_done(self, timeout_s: float | None = None) -> bool:
         """As `wait`, but says how the save ended to nobody; whether it has ended."""
         # A hook would wait for itself.
-        return self._ending_thread == threading.get_ident() or self._done.wait(timeout_s)
+        return self.calls_here() or self._done.wait(timeout_s)
+
+    def calls_here(self) -> bool:
+        """Whether the caller is called by a hook of this save."""
+        return self._ending_thread == threading.get_ident()
 
     @property
     def path(self) -> str:
@@ -251,7 +257,7 @@ class _StreamThatFails:
         return getattr(self._stream, name)
 
     def flush(self) -> None:
-        if self._stream is not None:
+        if not getattr(self._stream, "closed", True):
             self._stream.flush()
         frame = inspect.currentframe()
         # Exit handlers may flush as they like: only Python's own flush at the end has no caller.

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, final
 
 import jax
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 
@@ -93,6 +94,7 @@ class SaveContext:
       items: Values and objects with a state, by name.
       metrics: Numbers by name; the values of `jax.Array` are read in the background.
       step: Number of the checkpoint in its manager's directory.
+      began_s: What `time.perf_counter` said when the manager began, after `waited_s`; None: no manager did.
       waited_s: Seconds for which an earlier save made the caller wait.
       wall_s: Says what time it is, in seconds since 1970.
       newest_good: Says which checkpoint is there when this save fails.
@@ -103,6 +105,7 @@ class SaveContext:
     items: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
     step: int | None = None
+    began_s: float | None = None
     waited_s: float = 0.0
     wall_s: Callable[[], float] = time.time
     newest_good: Callable[[], str] | None = None
@@ -123,7 +126,7 @@ class SaveJob:
         *,
         is_blocking: bool,
     ) -> None:
-        self._began_s = time.perf_counter()
+        self._began_s = time.perf_counter() if context.began_s is None else context.began_s
         self._staged_s = 0.0
         self._drained_s = 0.0
         self._is_blocking = False
@@ -417,6 +420,9 @@ def _check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     for name in names:
         value = metrics[name]
         is_number = isinstance(value, (bool, int, float)) or getattr(value, "shape", None) == ()
+        # An array of JAX that holds no number would fail only in the background.
+        if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+            is_number &= _is_real(value.dtype)
         if not isinstance(name, str) or not is_number:
             raise TypeError(f"metrics= must be numbers by name; {name!r} is {value!r:.100}")
         if isinstance(value, jax.Array):
@@ -425,6 +431,11 @@ def _check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
         else:
             checked[name] = float(value)
     return checked
+
+
+def _is_real(dtype: Any) -> bool:
+    """Whether a dtype holds numbers that a float can stand for."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
 
 
 def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,8 @@ and the first one that says yes gives the reason:
     3. given step      the step is in the container of steps
     4. every N steps   a multiple of N was crossed since the baseline
     5. T seconds       so much time passed since the last save, the resume or the start, whichever was last
-    6. predicate       the user's function, asked only when nothing else made the step due
+    6. predicate       the user's function, asked only when nothing above made the step due
+    7. skipped         a step that 2, 3 or 6 made due was skipped, and nothing was saved since
 
 4 and 5 are the *periodic* rules. Only they are held back by ``max_overhead``: somebody who names a step wants that
 step.
@@ -17,7 +18,8 @@ step.
 of the resume, so that a loop that calls at 7, 14, 21, ... with N = 10 saves at 14, 21, 35, 42: at the first call at or
 after each multiple. A run without a baseline, and a step below the baseline, which is a rollback that nobody told,
 take ``step - 1`` for it: such a step is due only when it is itself a multiple. Only a save moves the baseline up. A
-step that was due but not saved, because storage was busy or the budget was empty, leaves the next one due.
+step that 4 or 5 made due but that was not saved, because storage was busy or the budget was empty, leaves the next one
+due; for the other rules `note_skipped` remembers it.
 
 **Overhead.** ``max_overhead`` is the largest share of the run's time that the loop may spend blocked by saves. It is
 kept by a token bucket, whose tokens are seconds of blocked time:
@@ -70,7 +72,8 @@ _NO_STEP = -1
 class Schedule:
     """Says which steps are due, and why.
 
-    The caller asks with `reason_to_save`, and tells what became of it with `note_saved` and `note_blocked`.
+    The caller asks with `reason_to_save`, and tells what became of it with `note_saved` and `note_blocked`, or with
+    `note_skipped`.
 
     Args:
       interval_steps: Save when a multiple of this many steps was crossed since the last save. None: no such rule if
@@ -137,6 +140,8 @@ class Schedule:
         self._baseline: int | None = None
         self._last_step = _NO_STEP  # saved last or resumed from
         self._first_step: int | None = None  # None: nothing seen yet; _NO_STEP: the run has got beyond it
+        self._has_skipped = False
+        self._before_save = self._state()
         self._budget = None if max_overhead is None else _Budget(max_overhead, self._saved_at_s)
 
     def reason_to_save(self, step: int, metrics: Mapping[str, float] | None) -> str | None:
@@ -170,13 +175,29 @@ class Schedule:
                 return reason
         if self._when is not None and self._when(step, {} if metrics is None else metrics):
             return "save_when"
-        return None
+        return "a due step was skipped" if self._has_skipped else None
 
     def note_saved(self, step: int) -> None:
         """A save of this step began, for whatever reason. Each is followed by one `note_blocked`, in the same order."""
+        self._before_save = self._state()
         now_s = self._begin_interval(step)
         if self._budget is not None:
             self._budget.charge(now_s)
+
+    def note_given_up(self) -> None:
+        """The save noted last was given up before anything was saved: what was due before it is due again."""
+        (
+            self._saved_at_s,
+            self._baseline,
+            self._last_step,
+            self._first_step,
+            self._has_skipped,
+        ) = self._before_save
+
+    def note_skipped(self, reason: str) -> None:
+        """A step was due for this reason and is not saved, since storage is busy: the next one is due."""
+        if reason not in (self._steps_reason, self._seconds_reason):  # these are due until something is saved
+            self._has_skipped = True
 
     def note_blocked(self, blocked_s: float) -> None:
         """The loop was blocked for so many seconds by the oldest save whose cost is not noted yet.
@@ -198,7 +219,12 @@ class Schedule:
         self._baseline = step
         self._last_step = step
         self._first_step = _NO_STEP
+        self._has_skipped = False
         return now_s
+
+    def _state(self) -> tuple[float, int | None, int, int | None, bool]:
+        """What a save changes, apart from the budget."""
+        return self._saved_at_s, self._baseline, self._last_step, self._first_step, self._has_skipped
 
     def _periodic_reason(self, step: int, baseline: int) -> str | None:
         """What an interval says, if the budget lets it."""

@@ -84,6 +84,7 @@ class StepDirectory:
         self._cached: dict[str, StepRecord] | None = None
         self._sweep_lock = threading.Lock()
         self._busy: str | None = None  # directory of the save that this process is writing
+        self._littered: set[int] = set()
 
     @property
     def path(self) -> str:
@@ -239,12 +240,17 @@ class StepDirectory:
         )
 
     def sweep_step(self, step: int) -> None:
-        """Deletes what an overwrite left in a step."""
-        store = self.store_of(step)
-        inside = store.names()
-        is_clean = sum(part.startswith("data-") for part in inside) == 1
-        if not is_clean or any(".tmp-" in part for part in inside):
-            sweep(store)
+        """Deletes what an overwrite left in a step, and in those before it whose old data somebody read then."""
+        with self._sweep_lock:
+            self._littered.add(step)
+            for littered in sorted(self._littered):
+                store = self.store_of(littered)
+                if store.name == self._busy:  # it is being saved anew
+                    continue
+                if not _is_clean(store):
+                    sweep(store)
+                if _is_clean(store) or not store.exists(MANIFEST_NAME):
+                    self._littered.discard(littered)
 
     def pin(self, step: int) -> None:
         """Marks a committed step as one that retention keeps."""
@@ -289,6 +295,13 @@ class StepDirectory:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return {}
         return {record.name: record for record in records}
+
+
+def _is_clean(store: Store) -> bool:
+    """Whether a step has one data directory, and nothing that was to be published."""
+    names = store.names()
+    is_single = sum(name.startswith("data-") for name in names) == 1
+    return is_single and not any(".tmp-" in name for name in names)
 
 
 def _call_all(calls: Sequence[Callable[[], None]]) -> None:

@@ -14,7 +14,7 @@ from ._progress import Progress, format_bytes
 
 @final
 class ProgressBar:
-    """One line on a terminal for what takes longer than a second; nothing elsewhere.
+    """One line on a terminal for what takes longer than a second; nothing elsewhere, nor when the terminal is gone.
 
     Time is that of the `Progress` values. They may come from several threads.
     """
@@ -23,9 +23,9 @@ class ProgressBar:
     _REDRAWN_AFTER_S = 0.1
     _CELLS = 30
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._is_terminal = stream is not None and stream.isatty()
         self._lock = threading.Lock()
         self._drawn_s = -math.inf
         self._is_drawn = False
@@ -58,5 +58,9 @@ class ProgressBar:
         return f"[{cells:<{self._CELLS}}] {share:4.0%}  {format_bytes(progress.bytes_done)}  {rate}/s  {left}"
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        assert self._stream is not None
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # it was closed or hung up, which must not fail what it shows
+            self._is_terminal = False

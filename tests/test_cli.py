@@ -561,7 +561,7 @@ def test_prune_leaves_a_step_with_a_damaged_manifest_alone(capsys: Any, managed:
     manifest.write_bytes(b"damaged")
     code, out, _ = run(capsys, "prune", managed, "--max-to-keep", "1")
     assert code == 0
-    assert "step 2 was kept: it is damaged, and left alone" in out.splitlines()
+    assert "step 2 was kept: it cannot be read, and is left alone" in out.splitlines()
     assert manifest.exists()
 
 

@@ -276,6 +276,16 @@ def test_what_is_no_number_of_a_step_is_refused(path: pathlib.Path, step: Any) -
     assert not path.exists()
 
 
+@pytest.mark.parametrize("step", [-1, 10**18, True, 1.0, "3"])
+@pytest.mark.parametrize("call", ["restore", "open", "path_of", "metrics", "delete", "pin", "unpin"])
+def test_what_is_no_number_of_a_step_is_none_anywhere(path: pathlib.Path, call: str, step: Any) -> None:
+    with CheckpointManager(path) as manager:
+        manager.save(1, tree_of(1))
+    with pytest.raises((TypeError, ValueError), match="step must be"):
+        getattr(manager, call)(step)
+    assert_holds_exactly(path, [1])
+
+
 def test_numbers_of_numpy_and_jax_are_steps(path: pathlib.Path) -> None:
     with CheckpointManager(path) as manager:
         manager.save(np.int64(3), tree_of(3))  # type: ignore[arg-type]
@@ -606,6 +616,32 @@ def test_what_another_process_reads_is_deleted_after_its_end(path: pathlib.Path)
     manager.save(3, tree_of(3))
     manager.close()
     assert_holds_exactly(path, [3])
+
+
+def test_a_step_that_is_pinned_while_others_are_deleted_stays_or_is_not_there(path: pathlib.Path) -> None:
+    save_steps(path, 1, 2)
+    threads = []
+    outcomes = []
+
+    def pin() -> None:
+        try:
+            manager.pin(2)
+            outcomes.append("pinned")
+        except jaxckpt.NotFoundError:
+            outcomes.append("not there")
+
+    def observe(event: CheckpointEvent) -> None:
+        if event.kind == "deleted" and event.step == 1:  # step 2 is judged, and the next to go
+            threads.append(threading.Thread(target=pin))
+            threads[0].start()
+            threads[0].join(0.5)  # it has to wait; without that it is over long before
+
+    manager = CheckpointManager(path, max_to_keep=1, on_event=observe)
+    manager.save(3, tree_of(3))
+    manager.close()
+    threads[0].join(60)
+    assert (outcomes, manager.steps()) in [(["pinned"], [2, 3]), (["not there"], [3])]
+    assert sorted(entry.name for entry in path.iterdir())[1:] == [name_of(step) for step in manager.steps()]
 
 
 def test_delete_deletes_whatever_the_rules_say(path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import pathlib
 import sys
 import threading
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -116,3 +117,76 @@ def test_short_saves_and_other_streams_show_no_bar(
         with CheckpointManager(path, progress=True) as manager:
             manager.save(1, tree_of(1), overwrite=True)
         assert stream.getvalue() == ""
+
+
+def test_who_is_told_of_a_save_may_restore_it_and_wait(path: pathlib.Path) -> None:
+    restored = []
+
+    def tell(event: jaxckpt.CheckpointEvent) -> None:
+        if event.kind == "saved":
+            manager.wait()
+            restored.append(manager.restore()["n"])
+
+    with CheckpointManager(path, on_event=tell) as manager:
+        for step in (1, 2):
+            pending = manager.save(step, tree_of(step))
+            assert pending is not None
+            assert pending.wait_done(60)
+    assert restored == [1, 2]
+
+
+def test_who_is_told_of_a_deletion_may_wait_delete_and_prune(path: pathlib.Path) -> None:
+    may_go_on = threading.Event()
+    answered = []
+
+    def observe(event: jaxckpt.CheckpointEvent) -> None:
+        if event.kind == "deleted" and event.step == 1:
+            assert may_go_on.wait(60)
+            manager.wait()
+            manager.prune()
+            answered.append(event.step)
+
+    manager = CheckpointManager(path, max_to_keep=1, on_event=observe)
+    for step in (1, 2, 3):  # the third is done, and its deletions wait for those of the second
+        pending = manager.save(step, tree_of(step))
+        assert pending is not None
+        pending.wait()
+    may_go_on.set()
+    manager.close()
+    assert answered == [1]
+    assert manager.steps() == [3]
+
+
+class TerminalThatHangsUp(Terminal):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "the terminal is gone")
+
+
+@pytest.mark.parametrize("stream", [TerminalThatHangsUp(), None], ids=["hung up", "none"])
+def test_without_a_terminal_a_long_save_goes_on(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    gate = gate_of(1)
+    manager = manager_on(path, gate, progress=True)
+    pending = manager.save(1, {"w": jnp.ones((4, MIB))})
+    assert pending is not None
+    assert gate.reached.wait(60)
+    assert not threading.Event().wait(1.05 - pending.progress().elapsed_s)
+    gate.may_go_on.set()
+    manager.close()
+    assert manager.steps() == [1]
+
+
+def test_what_comes_before_a_save_counts_as_blocked(path: pathlib.Path) -> None:
+    entered_s: list[float] = []
+    with CheckpointManager(path) as manager:
+        # Litter and listeners cost time in the loop before anything is copied.
+        manager.add_listener(lambda step, tree: entered_s.append(time.perf_counter()))
+        manager.add_listener(lambda step, tree: jnp.ones((4, MIB)).block_until_ready())
+        manager.add_listener(lambda step, tree: entered_s.append(time.perf_counter()))
+        pending = manager.save(1, tree_of(1))
+        assert pending is not None
+        info = pending.wait()
+    listened_s = entered_s[1] - entered_s[0]
+    assert listened_s < info.blocked_s <= info.seconds

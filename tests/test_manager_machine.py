@@ -741,6 +741,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def end_to_read(self, choice: int) -> None:
         reader = self.readers.pop(choice % len(self.readers))
         is_there = self.saved.get(reader.step) is reader.saved
+        self.is_clean &= is_there  # the data that an overwrite left to it
         if reader.checkpoint is not None and is_there and not reader.saved.damage:
             assert_same_tree(jaxckpt.restore(reader.checkpoint), reader.saved.call.tree)
         reader.close()
@@ -885,7 +886,10 @@ class ManagerMachine(RuleBasedStateMachine):
     def nothing_else_is_there(self) -> None:
         for path in self.foreign:
             assert (self.root / path).read_text() == NOTES
-        if not self.is_clean:
+        reads_what_is_replaced = any(
+            self.saved.get(reader.step) is not reader.saved for reader in self.readers
+        )
+        if not self.is_clean or reads_what_is_replaced:
             return
         expected = {entry.name for entry in self.saved.values()} | {
             path.split("/")[0] for path in self.foreign

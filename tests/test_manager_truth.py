@@ -12,9 +12,11 @@ import os
 import pathlib
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ import pytest
 import jaxckpt
 from jaxckpt import CheckpointManager
 from jaxckpt._snapshot import HOST_MEMORY
+from jaxckpt._steps import StepDirectory
 from jaxckpt._store import Buffer, Hold, LocalStore, Store
 
 from .attacks.generate import FOLDER as ATTACKS
@@ -133,6 +136,21 @@ def test_a_step_that_failed_can_be_tried_again(path: pathlib.Path) -> None:
     assert_holds_exactly(path, [100, 101])
 
 
+def test_what_is_tidied_after_a_save_is_not_the_next_save_of_that_step(path: pathlib.Path) -> None:
+    directory = StepDirectory(LocalStore(str(path)), "step_", 8)
+    store = directory.begin(100)
+    names = ["data-0123456789abcdef", "data-fedcba9876543210"]  # of a crash, and of the save: not held yet
+    for name in names:
+        store.make_directory(name)
+    directory.sweep()
+    directory.sweep_step(100)
+    directory.sweep_all()
+    assert store.names() == names
+    directory.end()
+    directory.sweep()
+    assert not (path / name_of(100)).exists()
+
+
 def test_close_raises_what_nobody_has_seen(path: pathlib.Path) -> None:
     manager = manager_on(path, RefusingKernel(errno.ENOSPC, ("pwrite",)))
     manager.save(1, tree_of(1))
@@ -217,6 +235,60 @@ def test_a_directory_that_cannot_be_looked_into_does_not_stop_the_loop(path: pat
     assert_holds_exactly(path, [1, 3])
 
 
+def test_a_step_of_an_earlier_run_is_not_replaced_after_storage_did_not_tell_of_it(
+    path: pathlib.Path,
+) -> None:
+    with CheckpointManager(path) as earlier:
+        earlier.save(5, tree_of(5))
+    switch = [errno.EIO]
+    manager = CheckpointManager(Unlisted(path, switch))  # type: ignore[arg-type]
+    pending = manager.save(5, tree_of(50))
+    assert pending is not None
+    assert isinstance(pending.exception(), jaxckpt.WriteError)
+    switch.clear()
+    assert manager.save(5, tree_of(51)) is None
+    assert_holds_exactly(path, [5])
+
+
+def test_a_preempted_loop_leaves_a_directory_that_cannot_be_looked_into(path: pathlib.Path) -> None:
+    switch: list[int] = []
+    preemption = jaxckpt.Preemption(())
+    manager = CheckpointManager(Unlisted(path, switch), preemption=preemption)  # type: ignore[arg-type]
+    manager.save(1, tree_of(1))
+    manager.wait()
+    switch.append(errno.ESTALE)
+    preemption.request()
+    assert not manager.should_stop
+    pending = manager.save(2, tree_of(2))
+    assert pending is not None
+    assert isinstance(pending.exception(), jaxckpt.WriteError)
+    assert manager.should_stop
+
+
+@pytest.mark.parametrize("call", ["mkdir", "create", "pwrite", "fsync"])
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_failures_that_are_kept_keep_no_tree(path: pathlib.Path, call: str, *, is_waited_for: bool) -> None:
+    manager = manager_on(path, RefusingKernel(errno.ENOSPC, (call,), is_lasting=True))
+    arrays = []
+
+    def fail(step: int) -> None:
+        # Large enough that the staging meets the failure, too.
+        tree = {"w": jnp.full((4 * MIB,), step, jnp.float32)}
+        arrays.append(weakref.ref(tree["w"]))
+        pending = manager.save(step, tree)
+        assert pending is not None
+        if is_waited_for:
+            with pytest.raises(jaxckpt.WriteError):
+                pending.wait()
+
+    for step in range(4):
+        fail(step)
+    with pytest.raises(jaxckpt.WriteError):
+        manager.wait()
+    gc.collect()
+    assert [array() is not None for array in arrays[:-1]] == [False] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -241,6 +313,30 @@ def test_what_cannot_be_stored_is_refused_at_once_and_leaves_nothing(
     assert manager.save(3, tree_of(3)) is not None
     manager.close()
     assert_holds_exactly(path, [1, 3])
+
+
+@pytest.mark.parametrize("interval_steps", [1, 10])
+def test_after_a_refusal_what_was_due_is_due_again(path: pathlib.Path, interval_steps: int) -> None:
+    manager = CheckpointManager(path, save_interval_steps=interval_steps, save_last=False)
+    with pytest.raises(jaxckpt.UnsupportedLeafError):
+        manager.save(10, {"w": object()})
+    assert manager.save(10, tree_of(10)) is not None
+    with pytest.raises(jaxckpt.UnsupportedLeafError):
+        manager.save(20, {"w": object()})
+    assert manager.save(21, tree_of(21)) is not None
+    manager.close()
+    assert_holds_exactly(path, [10, 21])
+
+
+@pytest.mark.parametrize("value", [jnp.complex64(1), jax.random.key(0), np.complex64(1)], ids=str)
+def test_a_metric_that_is_no_real_number_is_refused_at_once(path: pathlib.Path, value: Any) -> None:
+    manager = CheckpointManager(path)
+    with pytest.raises(TypeError, match="loss"):
+        manager.save(1, tree_of(1), metrics={"loss": value})
+    for step, number in enumerate((jnp.bfloat16(0.5), jnp.int8(1), jnp.bool_(True), np.float16(2)), start=2):
+        manager.save(step, tree_of(step), metrics={"loss": number})
+    manager.wait()
+    assert [manager.metrics(step)["loss"] for step in manager.steps()] == [0.5, 1, 1, 2]
 
 
 # --- saves in flight ------------------------------------------------------------------------------------------
@@ -296,6 +392,24 @@ def test_a_due_step_is_skipped_if_asked_for_and_the_next_one_is_due(path: pathli
     assert manager.save(7, tree_of(7), force=True) is not None  # forced ones wait
     manager.close()
     assert_holds_exactly(path, [2, 6, 7])
+
+
+@pytest.mark.parametrize(
+    "rule", [{"save_steps": [1, 2]}, {"save_when": lambda step, metrics: step < 3}], ids=["steps", "when"]
+)
+def test_a_skipped_step_leaves_the_next_one_due_whatever_the_rule(path: pathlib.Path, rule: Any) -> None:
+    gate = gate_of(1)
+    manager = manager_on(path, gate, if_busy="skip", save_last=False, **rule)
+    first = manager.save(1, tree_of(1))
+    assert first is not None
+    assert gate.reached.wait(60)
+    assert manager.save(2, tree_of(2)) is None
+    gate.may_go_on.set()
+    first.wait()
+    assert manager.save(3, tree_of(3)) is not None
+    assert manager.save(4, tree_of(4)) is None
+    manager.close()
+    assert_holds_exactly(path, [1, 3])
 
 
 def test_a_last_step_that_was_skipped_is_saved_at_the_end(path: pathlib.Path) -> None:
@@ -387,7 +501,7 @@ def test_of_damaged_steps_the_newest_whole_one_is_taken(
     assert complaint.startswith("step 3 is damaged, the one before it is tried")
     assert manager.steps() == [1, 2]
     assert manager.latest_step() == 2
-    assert str(manager.explain()[-1]) == "step 3 stays: it is damaged, and left alone"
+    assert str(manager.explain()[-1]) == "step 3 stays: it cannot be read, and is left alone"
     with pytest.raises((jaxckpt.CorruptError, jaxckpt.FormatError)):
         manager.restore(3)  # what is asked for is never replaced by another
 
@@ -479,6 +593,22 @@ def test_a_step_that_the_disk_cannot_read_is_damaged(path: pathlib.Path, where: 
     assert manager.latest_step() == 2
     with pytest.raises(jaxckpt.CheckpointError, match="Input/output error"):
         manager.restore(3)
+
+
+def test_while_steps_are_deleted_the_newest_is_taken_and_not_the_next_of_an_old_list(
+    path: pathlib.Path,
+) -> None:
+    save_steps(path, 1, 2, 3)
+    trainer = CheckpointManager(path, max_to_keep=None)
+    flip_a_bit(data_of(path, 3))
+
+    def observe(event: jaxckpt.CheckpointEvent) -> None:
+        if event.kind == "damaged":  # just then a younger step comes, and the next of the list goes
+            trainer.save(4, tree_of(4))
+            trainer.wait()
+            trainer.delete(2)
+
+    assert_same_tree(CheckpointManager(path, on_event=observe).restore(), tree_of(4))
 
 
 def test_if_all_steps_are_damaged_nothing_is_restored(path: pathlib.Path) -> None:

@@ -514,6 +514,17 @@ def test_all_that_was_printed_arrives(tmp_path: pathlib.Path, case: str) -> None
     assert result.stdout.split() == [str(number) for number in range(20_000)]
 
 
+def test_the_reason_is_told_although_the_program_has_closed_its_output(tmp_path: pathlib.Path) -> None:
+    program = """
+        manager = managed(FullDisk())
+        manager.save(1, tree_of(1))
+        sys.stdout.close()
+    """
+    result = run(program, tmp_path)
+    assert result.returncode == FAILED_AT_THE_END
+    assert "a save failed and nobody waited for it" in result.stderr
+
+
 @pytest.mark.parametrize("case", ["full", "free"])
 @pytest.mark.parametrize("output", ["head", "closed"])
 def test_output_that_nobody_reads_does_no_harm(tmp_path: pathlib.Path, case: str, output: str) -> None:

@@ -382,6 +382,43 @@ def test_a_schedule_of_every_step_says_so() -> None:
     assert make_schedule().reason_to_save(1, None) == "every step"
 
 
+@pytest.mark.parametrize(
+    "rules", [{"steps": [3]}, {"when": lambda step, metrics: step == 3}, {"steps": [9], "save_first": True}]
+)
+def test_a_due_step_that_is_skipped_makes_those_after_it_due_until_one_is_saved(rules: Any) -> None:
+    schedule = make_schedule(**rules)
+    reason = schedule.reason_to_save(3, None)
+    assert reason is not None
+    schedule.note_skipped(reason)
+    for step in (4, 5):
+        reason = schedule.reason_to_save(step, None)
+        assert reason == "a due step was skipped"
+        schedule.note_skipped(reason)
+    assert saved_steps(schedule, [6, 7]) == [6]
+
+
+def test_a_skipped_interval_is_not_due_against_the_overhead() -> None:
+    clock = Clock()
+    schedule = make_schedule(interval_steps=1, max_overhead=0.1, clock=clock)
+    reason = schedule.reason_to_save(1, None)
+    assert reason is not None
+    schedule.note_saved(1)
+    schedule.note_skipped("every step")
+    schedule.note_blocked(10.0)
+    clock.now_s += 1
+    assert schedule.reason_to_save(2, None) is None
+
+
+def test_a_save_that_is_given_up_leaves_its_step_and_the_next_one_due() -> None:
+    for step in (10, 11):
+        schedule = make_schedule(interval_steps=10)
+        assert saved_steps(schedule, [0]) == [0]
+        schedule.note_saved(10)
+        schedule.note_given_up()
+        schedule.note_blocked(0.1)
+        assert saved_steps(schedule, [step, step + 1]) == [step]
+
+
 # --- the overhead ---------------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 
 import jaxckpt
+from jaxckpt._store import Hold, Store
 
-from .helpers import ROOT
+from .helpers import ROOT, assert_same_tree
+from .test_commit import WatchedStore
 
 SIZE = 50_000
 POLL_S = 0.01
@@ -358,6 +360,56 @@ def test_two_evaluators_may_hold_one_step(tmp_path: pathlib.Path) -> None:
     assert trainer.prune() == []
     watches.pop().close()  # type: ignore[attr-defined]
     assert trainer.prune() == [1]
+
+
+# --- readers beside a quick trainer ---------------------------------------------------------------------------
+
+
+class HookedStore(WatchedStore):
+    """A directory of which a test hears after each listing and before each opening of a manifest."""
+
+    def names(self) -> list[str]:
+        found = super().names()
+        self._tell("listed", "")
+        return found
+
+    def read_and_hold(self, name: str, bytes_max: int) -> tuple[bytes, Hold | None]:
+        self._tell("open", name)
+        return super().read_and_hold(name, bytes_max)
+
+    def child(self, name: str) -> Store:
+        return HookedStore(os.path.join(self.path, name), self._tell)
+
+
+def reader_that_is_late(
+    path: pathlib.Path, when: str
+) -> tuple[jaxckpt.CheckpointManager, jaxckpt.CheckpointManager]:
+    """A trainer that keeps one step, and a reader for which it saves two more at two such moments."""
+    trainer = jaxckpt.CheckpointManager(path, max_to_keep=1)
+    save(trainer, 1)
+    left = [3, 2]
+
+    def tell(what: str, _name: str) -> None:
+        if what == when and left:
+            save(trainer, left.pop())
+
+    return trainer, jaxckpt.CheckpointManager(HookedStore(path, tell))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("when", ["listed", "open"])
+def test_a_reader_finds_the_newest_step_while_all_that_it_listed_are_deleted(
+    tmp_path: pathlib.Path, when: str
+) -> None:
+    trainer, reader = reader_that_is_late(tmp_path / "restore", when)
+    tree = reader.restore()
+    assert trainer.steps() == [3]
+    assert_same_tree(tree, trainer.restore(3))
+
+    trainer, reader = reader_that_is_late(tmp_path / "open", when)
+    assert reader.open().path == trainer.path_of(3)
+
+    _, reader = reader_that_is_late(tmp_path / "latest", "listed")
+    assert reader.latest_step() == 3
 
 
 # --- another process ------------------------------------------------------------------------------------------
