@@ -9,6 +9,8 @@ ARGS ?=
 CUDA ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo ,cuda)
 
 python := .venv/bin/python
+# One test file at a time on each core.
+pytest := $(python) -m pytest --numprocesses auto --dist loadfile --doctest-modules jaxckpt tests
 install := $(python) -m pip install --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
@@ -28,13 +30,13 @@ demo: .venv/.installed-demo
 	$(python) examples/train_digits.py $(ARGS)
 
 test: .venv/.installed-test
-	$(python) -m pytest --doctest-modules jaxckpt tests $(ARGS)
+	$(pytest) $(ARGS)
 
 check: .venv/.installed-dev
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
 	$(python) -m pyright --warnings --pythonpath $(python)
-	$(python) -m pytest --doctest-modules jaxckpt tests $(ARGS)
+	$(pytest) $(ARGS)
 
 format: .venv/.installed-dev
 	$(python) -m ruff format .

@@ -20,6 +20,7 @@ Deliberately not here: when to save (`_schedule`), what to keep (`_retention`), 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -205,6 +206,7 @@ class CheckpointManager:
 
         self._is_closed = False
         self._is_swept = False
+        self._has_warned_of_metrics = False
         self._listeners: list[Callable[[int, Any], None]] = []
         # Of the thread that saves.
         self._has_seen_steps = False
@@ -221,8 +223,12 @@ class CheckpointManager:
         self._failures: list[PendingSave] = []
         self._last_step: int | None = None  # in flight or committed by this manager, or restored by it
         self._failed_step: int | None = None
+        self._fingerprint_before: Any = None  # of the step in flight, before its save
         self._last_info: CheckpointInfo | None = None
-        self._damaged: dict[int, Any] = {}  # fingerprints of what proved damaged
+        # Fingerprints of what counts as no step: what proved damaged, and what a failed save has put there, which may
+        # be gone when the machine fails.
+        self._damaged: dict[int, Any] = {}
+        self._doubtful: dict[int, Any] = {}
 
         self._preemption: Preemption | None = None
         if preemption is not None:
@@ -339,6 +345,7 @@ class CheckpointManager:
     def _start(self, call: _Call, reason: str, waited_s: float, entered_s: float) -> PendingSave:
         step = call.step
         began_s = time.perf_counter()
+        self._warn_of_missing_metrics(call)
         for listener in self._listeners:
             listener(step, call.tree)
         if not self._is_swept:
@@ -355,6 +362,8 @@ class CheckpointManager:
             on_progress=None if self._bar is None else self._bar.show,
         )
         store = self._directory.begin(step)
+        with contextlib.suppress(OSError):  # the save will meet it, too
+            self._fingerprint_before = store.fingerprint(MANIFEST_NAME)
         pending = PendingSave(
             store.path, functools.partial(self._on_end, step), functools.partial(self._tidy, step)
         )
@@ -400,6 +409,17 @@ class CheckpointManager:
         pending = PendingSave(store.path, functools.partial(self._on_end, step))
         pending.fail(failure)
         return pending
+
+    def _warn_of_missing_metrics(self, call: _Call) -> None:
+        """A typo in ``best=`` would have the best steps deleted in silence; said once."""
+        missing = [best.metric for best in self._retention.best if best.metric not in (call.metrics or {})]
+        if missing and not self._has_warned_of_metrics:
+            self._has_warned_of_metrics = True
+            _log.warning(
+                "step %d has no metric %s, by which best= shall keep steps",
+                call.step,
+                ", ".join(map(repr, missing)),
+            )
 
     def _forget(self, pending: PendingSave) -> None:
         """The caller's mistake, or an interrupt, ended a save: it is raised there, and nowhere else."""
@@ -466,8 +486,11 @@ class CheckpointManager:
         if self._bar is not None:
             self._bar.close()
         failure = pending.failure
+        late = None if failure is None else self._late_fingerprint(step)
         with self._lock:
             if failure is not None:
+                if late is not None:
+                    self._doubtful[step] = late
                 # Who has seen one may have left frames in it.
                 self._failures = [older for older in self._failures if older.is_unseen()] + [pending]
                 self._failed_step = step
@@ -478,6 +501,7 @@ class CheckpointManager:
                 self._last_info = pending.info
                 self._failed_step = None
                 self._damaged.pop(step, None)
+                self._doubtful.pop(step, None)
                 for older in self._failures:
                     older.mark_seen()  # made up for: the program's exit status stays
                 del self._failures[:-1]  # of many failures the last one is told
@@ -486,14 +510,21 @@ class CheckpointManager:
         elif pending.info is not None:
             self._tell("saved", step, f"saved step {step} in {pending.info.seconds:.3f} s", info=pending.info)
 
+    def _late_fingerprint(self, step: int) -> Any:
+        """Fingerprint of what a failed save has put in place all the same, or None."""
+        try:
+            fingerprint = self._directory.fingerprint_of(step)
+        except OSError:
+            return None
+        return None if fingerprint == self._fingerprint_before else fingerprint
+
     def _tidy(self, step: int) -> None:
         """Called in the background after a save of this step, while nobody waits."""
         with self._tidy_lock:
             try:
                 self._directory.sweep()
-                self._directory.sweep_step(
-                    step
-                )  # one that was replaced may have been too damaged to be removed
+                # What was replaced may have been too damaged to be removed, or in use.
+                self._directory.sweep_step(step)
             except OSError as error:
                 self._is_swept = False
                 _log.warning("cannot sweep %r: %s", self._directory.path, error)
@@ -581,6 +612,7 @@ class CheckpointManager:
             self._write_cache()
         with self._lock:
             self._damaged.pop(step, None)
+            self._doubtful.pop(step, None)
             if self._last_step == step:
                 self._last_step = None
         self._tell("deleted", step, f"deleted step {step}: asked for")
@@ -644,8 +676,12 @@ class CheckpointManager:
     # --- what is there ----------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """The committed steps, ascending, but for those that `restore` found damaged."""
-        return [step for step in self._directory.committed() if not self._is_damaged(step)]
+        """The committed steps, ascending.
+
+        Those that `restore` found damaged are left out, and one whose save failed at the very last sync: it is there,
+        but may be gone when the machine fails.
+        """
+        return [step for step in self._directory.committed() if not self._is_left_out(step)]
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
@@ -661,7 +697,7 @@ class CheckpointManager:
             if not self._retention.best:
                 raise ValueError("the manager has no rule for the best step: pass best=jaxckpt.Best(...)")
             best = self._retention.best[0]
-        records = [record for record in self._directory.records() if not self._is_damaged(record.step)]
+        records = [record for record in self._directory.records() if not self._is_left_out(record.step)]
         return best_step([record.step for record in records], [record.metrics for record in records], best)
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -717,6 +753,11 @@ class CheckpointManager:
         fingerprint = self._damaged.get(step)
         return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
 
+    def _is_left_out(self, step: int) -> bool:
+        doubtful = self._doubtful.get(step)
+        is_doubtful = doubtful is not None and doubtful == self._directory.fingerprint_of(step)
+        return is_doubtful or self._is_damaged(step)
+
     # --- restoring --------------------------------------------------------------------------------------------
 
     def restore(
@@ -742,6 +783,13 @@ class CheckpointManager:
           CorruptError: The step is damaged, or all are.
           FormatError: Its manifest is damaged or needs a newer version.
           MismatchError: The tree and ``like`` differ.
+
+        Example:
+          >>> manager = jaxckpt.CheckpointManager(tmp / "run")
+          >>> for step in (1, 2):
+          ...     _ = manager.save(step, {"w": jnp.full(2, step)})
+          >>> manager.restore()["w"].tolist(), manager.restore(1)["w"].tolist()
+          ([2, 2], [1, 1])
         """
         return self._restore(step, like, fallback, keywords)[1]
 
@@ -759,6 +807,12 @@ class CheckpointManager:
         Raises:
           CorruptError: There are steps, and all of them are damaged.
           MismatchError: The tree and ``like`` differ.
+
+        Example:
+          >>> manager = jaxckpt.CheckpointManager(tmp / "run")
+          >>> step, state = manager.resume() or (0, {"w": jnp.zeros(2)})
+          >>> step
+          0
         """
         self._wait_until_done()
         if not self._directory.committed():

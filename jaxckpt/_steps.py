@@ -4,10 +4,9 @@ A step is a directory whose name is the prefix and a number (``step_00001200``),
 directory is believed: a step is there exactly while its manifest is, its time and its metrics are those of that
 manifest. Names are relative, so that the directory may be moved or copied.
 
-``checkpoint.json`` says the same for people and for other tools, and saves reading a thousand manifests: what it says
-of a step is used only if the file is as it was written (it carries a checksum), and if the checksum at the head of that
-step's manifest is the one that it was written for. It is written anew after each change, and may be lost or wrong
-without harm.
+``checkpoint.json`` says the same for people and for other tools, and saves parsing a thousand manifests: what it says
+of a step is used only if the file is as it was written (it carries a checksum), and if that step's manifest is whole
+and the one that it was written for. It is written anew after each change, and may be lost or wrong without harm.
 
 Deliberately not here: when steps are saved (`_schedule`), which ones stay (`_retention`).
 """
@@ -25,16 +24,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
-import numpy as np
 import xxhash
 
 from ._commit import PIN_NAME, retract, sweep
 from ._errors import CheckpointError
 from ._manifest import (
     MANIFEST_BYTES_MAX,
-    MANIFEST_HEAD_BYTES,
     MANIFEST_NAME,
-    manifest_checksum,
+    checksum_of_manifest,
     parse_manifest,
 )
 from ._store import Store, cut_off_name
@@ -75,6 +72,10 @@ class StepDirectory:
         if not 1 <= width <= _STEP_DIGITS_MAX:
             raise ValueError(f"width= must be 1 to {_STEP_DIGITS_MAX} digits, not {width}")
         self._store = store
+        if prefix[-1:].isdigit():
+            raise ValueError(
+                f"prefix= must not end with a digit, which {prefix!r} does: the step's number follows it"
+            )
         self._prefix = prefix
         self._width = width
         self._pattern = re.compile(re.escape(prefix) + rf"([0-9]{{1,{_STEP_DIGITS_MAX}}})")
@@ -175,16 +176,14 @@ class StepDirectory:
         record = self._cached.get(name)
         if record is None or record.step != step:
             return None
-        head = np.zeros(MANIFEST_HEAD_BYTES, np.uint8)
-        count = self._store.read_into(f"{name}/{MANIFEST_NAME}", 0, head)
-        checksum = manifest_checksum(head[:count].tobytes())
+        checksum = checksum_of_manifest(self._store.read(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES_MAX))
         return record if checksum is not None and checksum.hex() == record.checksum else None
 
     def _read_record(self, step: int, name: str) -> StepRecord:
         path = f"{name}/{MANIFEST_NAME}"
         data = self._store.read(path, MANIFEST_BYTES_MAX)
         manifest = parse_manifest(data, f"{self.path}/{name}")
-        checksum = manifest_checksum(data[:MANIFEST_HEAD_BYTES]) or b""
+        checksum = checksum_of_manifest(data) or b""
         return StepRecord(step, name, manifest.created_s, manifest.metrics, checksum.hex())
 
     # --- changes ----------------------------------------------------------------------------------------------
@@ -214,14 +213,14 @@ class StepDirectory:
         """Deletes a step under each of its names, marker first; False when somebody is reading it."""
         names = [name for other, name in self._candidates() if other == step]
         committed = [name for name in names if self.fingerprint(name) is not None]
-        return all(retract(self._store.child(name)) for name in committed)
+        return all(self._store.delete_link(name) or retract(self._store.child(name)) for name in committed)
 
     def sweep(self) -> None:
         """Deletes what saves left that were never committed; what cannot be deleted does not keep the rest."""
         _call_all([functools.partial(self._sweep_uncommitted, name) for _, name in self._candidates()])
 
     def _sweep_uncommitted(self, name: str) -> None:
-        if self.fingerprint(name) is not None:
+        if self.fingerprint(name) is not None or self._store.is_link(name):
             return
         with self._sweep_lock:
             litter = [] if name == self._busy else sweep(self._store.child(name))

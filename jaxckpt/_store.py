@@ -190,6 +190,18 @@ class Store(abc.ABC):
     def delete(self, name: str) -> None:
         """Deletes an object durably, if it is there."""
 
+    def is_link(self, name: str) -> bool:
+        """Whether a name is a symbolic link; object stores have none."""
+        del name
+        return False
+
+    def delete_link(self, name: str) -> bool:
+        """Deletes a symbolic link, and nothing of where it leads; whether it was one."""
+        if not self.is_link(name):
+            return False
+        self.delete(name)
+        return True
+
     @abc.abstractmethod
     def confirm(self) -> None:
         """Makes durable what others have published here."""
@@ -380,6 +392,9 @@ class LocalStore(Store):
         except FileNotFoundError:
             return
         self._sync_directory(os.path.dirname(path))
+
+    def is_link(self, name: str) -> bool:
+        return os.path.islink(os.path.join(self.path, name))
 
     def confirm(self) -> None:
         self._sync_directory(self.path)

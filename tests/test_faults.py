@@ -243,6 +243,8 @@ def check_fault(
             check_steps(directory, {step: scenario.new[step] for step in steps})
         else:
             check_steps(directory, scenario.new if is_committed else scenario.old)
+            assert steps == sorted(set(scenario.old) - ({step} if is_committed else set()))
+        is_late = error is not None and is_committed
         if not kernel.refused:
             assert listing(directory) == references[True, False]
         has_refused = bool(kernel.refused)
@@ -266,9 +268,9 @@ def check_fault(
             assert_files(directory / f"step_{number // 10:08}", FOREIGN_IN_STEP)
     if not has_refused:
         return None
-    return (
-        "saved" if error is None else "failed late" if step in steps and kernel.commits_before else "failed"
-    )
+    if error is None:
+        return "saved"
+    return "failed late" if is_late else "failed"
 
 
 def check_message(
@@ -406,6 +408,8 @@ def test_a_save_that_may_not_be_durable_deletes_nothing_old(
             manager.wait()
         assert not [operation for operation in kernel.done if operation.call == "unlink"]
         check_steps(path, {1: 10, 2: 20})
+        assert manager.steps() == [1]
+        assert_same_tree(manager.restore(), tree_of(10))
         if saves_again:
             save(manager, 21).wait()
             manager.wait()

@@ -939,6 +939,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def readers_leave(self) -> None:
         for reader in self.readers:
+            self.is_clean &= self.saved.get(reader.step) is reader.saved
             reader.close()
         self.readers.clear()
 

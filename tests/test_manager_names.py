@@ -43,6 +43,9 @@ def test_names_sort_as_text_and_prefix_and_width_are_options(path: pathlib.Path)
     for prefix in ("a/b", ".hidden", "a b", "step\n"):
         with pytest.raises(ValueError, match="prefix= must be"):
             CheckpointManager(path, prefix=prefix)
+    for prefix in ("run1", "7"):
+        with pytest.raises(ValueError, match="must not end with a digit"):
+            CheckpointManager(path, prefix=prefix)
     for width in (0, 19):
         with pytest.raises(ValueError, match="width= must be"):
             CheckpointManager(path, width=width)
@@ -356,3 +359,31 @@ def test_object_stores_hold_steps_too() -> None:
         assert manager.prune() == [4]
     assert manager.steps() == [7]
     assert list(manager.watch(timeout_s=0)) == [7]
+
+
+def test_a_step_that_is_a_link_is_read_and_only_the_link_is_deleted(path: pathlib.Path) -> None:
+    """A step of another run, linked into this one to begin from, is not this run's to delete."""
+    save_steps(path / "pretrained", 900)
+    (path / "run").mkdir()
+    (path / "run" / "step_00000001").symlink_to(path / "pretrained" / "step_00000900")
+    (path / "run" / "step_00000002").symlink_to(path / "nowhere")
+    before = sorted(path.glob("pretrained/**/*"))
+    manager = CheckpointManager(path / "run", max_to_keep=1)
+    assert manager.resume() is not None
+    manager.save(3, tree_of(3))
+    manager.close()
+    assert sorted(entry.name for entry in (path / "run").glob("step_*")) == ["step_00000002", "step_00000003"]
+    assert sorted(path.glob("pretrained/**/*")) == before
+    assert_same_tree(CheckpointManager(path / "pretrained").restore(900), tree_of(900))
+
+
+def test_the_cache_does_not_vouch_for_a_manifest_that_is_damaged_behind_its_head(path: pathlib.Path) -> None:
+    save_steps(path, 1, 2, 3, max_to_keep=None)
+    manifest = path / "step_00000003" / MANIFEST
+    data = bytearray(manifest.read_bytes())
+    data[-1] ^= 1
+    manifest.write_bytes(data)
+    verdicts = CheckpointManager(path, max_to_keep=1).explain()
+    assert [verdict.is_kept for verdict in verdicts] == [False, True, True]
+    (path / "checkpoint.json").unlink()
+    assert CheckpointManager(path, max_to_keep=1).explain() == verdicts

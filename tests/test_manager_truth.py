@@ -151,6 +151,24 @@ def test_what_is_tidied_after_a_save_is_not_the_next_save_of_that_step(path: pat
     assert not (path / name_of(100)).exists()
 
 
+def test_the_data_that_an_overwrite_left_to_a_reader_go_after_a_later_save(path: pathlib.Path) -> None:
+    with CheckpointManager(path) as manager:
+        manager.save(1, tree_of(1))
+        manager.wait()
+        reader = manager.open(1)
+        manager.save(1, tree_of(10), force=True, overwrite=True)
+        manager.wait()
+        assert_same_tree(jaxckpt.restore(reader), tree_of(1))
+        manager.save(2, tree_of(2))
+        manager.wait()
+        assert len(list((path / name_of(1)).glob("data-*"))) == 2
+        reader.release()
+        manager.save(3, tree_of(3))
+        manager.wait()
+        assert len(list((path / name_of(1)).glob("data-*"))) == 1
+        assert_same_tree(manager.restore(1), tree_of(10))
+
+
 def test_close_raises_what_nobody_has_seen(path: pathlib.Path) -> None:
     manager = manager_on(path, RefusingKernel(errno.ENOSPC, ("pwrite",)))
     manager.save(1, tree_of(1))
