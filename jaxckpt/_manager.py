@@ -120,7 +120,8 @@ class CheckpointManager:
         until the next call, and is saved as it is at the end, with its items and metrics: a NumPy array that was
         changed since, or an iterator that has moved on, is saved in its later state.
       max_overhead: Largest share of the run's time, between 0 and 1, that the loop may spend blocked by saves. Saves
-        by intervals (by default: every step) are put off until the share allows one more.
+        by intervals (by default: every step) are put off until the share allows one more. On CPU a save waits for
+        the computations that are queued, which counts too.
       if_busy: What a due save does while another one is in flight: ``"wait"`` for it, or ``"skip"``, and the next
         step is due. Forced saves and preemptions always wait.
       preemption: Announces the end of the process; then the next step is due, and `should_stop` becomes true. The
@@ -753,10 +754,12 @@ class CheckpointManager:
         fingerprint = self._damaged.get(step)
         return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
 
+    def _is_doubtful(self, step: int) -> bool:
+        fingerprint = self._doubtful.get(step)
+        return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
+
     def _is_left_out(self, step: int) -> bool:
-        doubtful = self._doubtful.get(step)
-        is_doubtful = doubtful is not None and doubtful == self._directory.fingerprint_of(step)
-        return is_doubtful or self._is_damaged(step)
+        return self._is_doubtful(step) or self._is_damaged(step)
 
     # --- restoring --------------------------------------------------------------------------------------------
 
@@ -815,7 +818,7 @@ class CheckpointManager:
           0
         """
         self._wait_until_done()
-        if not self._directory.committed():
+        if all(self._is_doubtful(step) for step in self._directory.committed()):
             return None
         step, tree = self._restore(None, like, fallback, keywords)
         self._begin_from(step)
@@ -848,7 +851,7 @@ class CheckpointManager:
                     self._damaged[candidate] = fingerprint
                 _log.error("step %d is damaged, the one before it is tried: %s", candidate, error)
                 self._tell("damaged", candidate, f"step {candidate} is damaged: {error}", error=error)
-        if cause is None and not self._directory.committed():
+        if cause is None and all(self._is_doubtful(step) for step in self._directory.committed()):
             raise NotFoundError(f"no step is committed in {self._directory.path!r}")
         if cause is None and self.steps():
             raise NotFoundError(f"the steps in {self._directory.path!r} are being deleted")
@@ -948,6 +951,8 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Saves the last step if it is not saved yet, waits, and ends the manager; again: nothing.
+
+        To be called before the program ends: in an exit handler Python 3.12 starts no thread for another save.
 
         Raises:
           CheckpointError: A save failed, and neither `wait` nor `PendingSave.wait` has raised that yet.

@@ -410,6 +410,7 @@ def test_a_save_that_may_not_be_durable_deletes_nothing_old(
         check_steps(path, {1: 10, 2: 20})
         assert manager.steps() == [1]
         assert_same_tree(manager.restore(), tree_of(10))
+        assert [verdict.step for verdict in manager.explain()] == [1, 2]
         if saves_again:
             save(manager, 21).wait()
             manager.wait()
@@ -818,3 +819,19 @@ def test_a_step_that_is_deleted_by_hand_while_it_is_deleted(path: pathlib.Path) 
         assert kernel.reached.is_set()
         check_steps(path, {2: 20, 3: 30})
         assert sorted(os.listdir(path)) == ["checkpoint.json", "step_00000002", "step_00000003"]
+
+
+def test_a_run_whose_only_step_may_not_be_durable_begins_anew(path: pathlib.Path) -> None:
+    kernel = AfterTheCommit(errno.EIO, ("fsync",), 1)
+    manager = make_manager(path, kernel)
+    save(manager, 10)
+    with pytest.raises(jaxckpt.WriteError):
+        manager.wait()
+    assert manager.resume() is None
+    with pytest.raises(jaxckpt.NotFoundError):
+        manager.restore()
+    save(manager, 11).wait()
+    resumed = manager.resume()
+    assert resumed is not None
+    assert_same_tree(resumed[1], tree_of(11))
+    manager.close()

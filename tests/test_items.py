@@ -480,7 +480,9 @@ def test_a_checkpoint_without_items_says_so() -> None:
         load_items({"counter": Counter()}, {}, "test")
 
 
-@pytest.mark.parametrize("target", [{}, None, 3, np.zeros(3), Counter, object()], ids=str)
+@pytest.mark.parametrize(
+    "target", [{}, None, 3, np.zeros(3), Counter, object()], ids=lambda x: type(x).__name__
+)
 def test_what_takes_no_state_is_refused_before_any_object_is_changed(target: Any) -> None:
     counter = Counter()
     with pytest.raises(TypeError, match=r"read a plain value from `jaxckpt\.open\(path\)\.items\['b'\]`"):

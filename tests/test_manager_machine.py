@@ -214,6 +214,13 @@ class Mind:
     failed_step: int | None = None
     unsaved: Call | None = None
     damaged: set[int] = dataclasses.field(default_factory=set)
+    doubtful: set[int] = dataclasses.field(
+        default_factory=set
+    )  # there, but the last sync of their saves failed
+
+    @property
+    def left_out(self) -> set[int]:
+        return self.damaged | self.doubtful
 
     def is_due(self, step: int, now_s: float) -> bool:
         policy = self.policy
@@ -535,6 +542,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def note_saved(self, call: Call) -> None:
         self.mind.failed_step = None
         self.mind.damaged.discard(call.step)
+        self.mind.doubtful.discard(call.step)
 
     def accept_failure(self, call: Call, failure: BaseException | None) -> None:
         """A call of the disk failed, maybe one on which the save did not depend."""
@@ -548,6 +556,8 @@ class ManagerMachine(RuleBasedStateMachine):
             self.mind.failed_step = call.step
             self.mind.last_step = None
         self.accept_history(call)
+        if failure is not None and is_committed:
+            self.mind.doubtful.add(call.step)
 
     def accept_history(self, call: Call | None, asked_for: int | None = None) -> None:
         """After an accident: the disk says what came and went, and the model whether it was allowed to."""
@@ -562,6 +572,8 @@ class ManagerMachine(RuleBasedStateMachine):
             else:
                 assert step == asked_for or step in self.doomed(), f"step {step} had to stay"
                 del self.saved[step]
+                if self.mind is not None:
+                    self.mind.doubtful.discard(step)
         self.is_clean = False
         self.is_cache_exact = False
 
@@ -605,7 +617,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(resumes=st.booleans())
     def restore_newest(self, resumes: bool) -> None:
         mind = self.mind
-        candidates = sorted(set(self.saved) - mind.damaged, reverse=True)
+        candidates = sorted(set(self.saved) - mind.left_out, reverse=True)
         whole = [step for step in candidates if not self.saved[step].damage]
         if whole:
             mind.damaged |= {step for step in candidates if step > whole[0]}
@@ -620,7 +632,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 mind.begin_from(whole[0], self.passed_s)
             return
         mind.damaged |= set(candidates)
-        if self.saved:
+        if set(self.saved) - mind.doubtful:
             with pytest.raises(jaxckpt.CorruptError):
                 self.manager.resume() if resumes else self.manager.restore()
         elif resumes:
@@ -632,7 +644,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.manager is not None)
     @rule()
     def restore_newest_without_fallback(self) -> None:
-        candidates = sorted(set(self.saved) - self.mind.damaged)
+        candidates = sorted(set(self.saved) - self.mind.left_out)
         if candidates and self.saved[candidates[-1]].damage:
             with pytest.raises(DAMAGE):
                 self.manager.restore(fallback=False)
@@ -673,6 +685,7 @@ class ManagerMachine(RuleBasedStateMachine):
         else:
             del self.saved[step]
             self.mind.damaged.discard(step)
+            self.mind.doubtful.discard(step)
             if self.mind.last_step == step:
                 self.mind.last_step = None
             self.is_cache_exact = True
@@ -770,6 +783,7 @@ class ManagerMachine(RuleBasedStateMachine):
             entry.damage = "manifest"
             if self.mind is not None:
                 self.mind.damaged.discard(step)
+                self.mind.doubtful.discard(step)
         else:
             (pack,) = (directory / jaxckpt.open(directory).manifest.data).glob("packs/*")
             content = bytearray(pack.read_bytes())
@@ -856,12 +870,17 @@ class ManagerMachine(RuleBasedStateMachine):
         if self.manager is None:
             return
         mind = self.mind
-        listed = {step: entry for step, entry in self.saved.items() if step not in mind.damaged}
+        listed = {step: entry for step, entry in self.saved.items() if step not in mind.left_out}
         assert self.manager.steps() == sorted(listed)
         assert self.manager.latest_step() == max(listed, default=None)
-        readable = {step: entry for step, entry in listed.items() if entry.damage != "manifest"}
+        ranked = {step: entry for step, entry in listed.items() if entry.damage != "manifest"}
         for best in (LOSS, ACCURACY):
-            assert self.manager.best_step(best) == next(iter(ranking(readable, best)), None)
+            assert self.manager.best_step(best) == next(iter(ranking(ranked, best)), None)
+        readable = {
+            step: entry
+            for step, entry in self.saved.items()
+            if entry.damage != "manifest" and step not in mind.damaged
+        }
         kept = steps_to_keep(readable, mind.policy, self.wall_s)
         verdicts = {verdict.step: verdict.is_kept for verdict in self.manager.explain()}
         assert verdicts == {step: step not in readable or step in kept for step in self.saved}
