@@ -452,10 +452,8 @@ class CheckpointManager:
         fingerprint = self._directory.fingerprint_of(step)
         if fingerprint is None or self._damaged.get(step) == fingerprint:
             return False
-        if (
-            step == self._failed_step == self._pending_step
-        ):  # this manager wrote it, and it may not be durable
-            return False
+        if step == self._failed_step == self._pending_step:
+            return False  # this manager wrote it, and it may not be durable
         self._schedule.note_resumed(step)
         message = (
             f"step {step} is not saved: it is in {self._directory.path!r} already, from an earlier run\n"
