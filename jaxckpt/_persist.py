@@ -68,8 +68,10 @@ class PieceWriter:
             self._queue.put(functools.partial(self._call, call))
         # Starting a thread is what a small save blocks its caller for: two do for a piece and a few metadata objects.
         count = min(threads, max(2, len(plan.pieces)), len(plan.pieces) + len(first_calls))
+        self._ended = [threading.Event() for _ in range(count)]
         self._threads = [
-            threading.Thread(target=self._work, name=f"jaxckpt-write-{number}") for number in range(count)
+            threading.Thread(target=self._work, name=f"jaxckpt-write-{number}", args=(self._ended[number],))
+            for number in range(count)
         ]
         try:
             for thread in self._threads:
@@ -113,17 +115,22 @@ class PieceWriter:
     def _join(self) -> None:
         for _ in self._threads:
             self._queue.put(None)
-        for thread in self._threads:
+        for thread, ended in zip(self._threads, self._ended, strict=True):
             if thread.ident is not None:
+                # An interrupt of `join` makes Python 3.11 believe that the thread has ended.
+                ended.wait()
                 thread.join()
         for writer in self._writers.values():
             writer.abandon()
         self._writers.clear()
 
-    def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            work()
-            del work  # the bytes may belong to the caller: hold them no longer than needed
+    def _work(self, ended: threading.Event) -> None:
+        try:
+            while (work := self._queue.get()) is not None:
+                work()
+                del work  # the bytes may belong to the caller: hold them no longer than needed
+        finally:
+            ended.set()
 
     def _call(self, call: Callable[[], None]) -> None:
         if self._failure is not None:

@@ -95,6 +95,7 @@ def test_an_attack_is_refused(honest: pathlib.Path, name: str) -> None:
     assert [problem.kind for problem in jaxckpt.verify(honest).problems] == [kind]
 
 
+@pytest.mark.slow
 def test_attacks_take_neither_memory_nor_time(tmp_path: pathlib.Path) -> None:
     """In a process of its own, whose largest resident size since the attack began the kernel tells."""
     write_honest(tmp_path / "checkpoint")
@@ -260,6 +261,7 @@ def is_as_good(place: tuple[Any, ...], old: Any, new: Any) -> bool:
 PLACES = list(places_in(base_fields()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", sorted(base_fields()))
 def test_a_field_of_another_type_is_refused(honest: pathlib.Path, field: str) -> None:
     tried = 0
@@ -293,6 +295,7 @@ def test_the_manifest_cut_off_anywhere_is_refused() -> None:
             parse(data[:length])
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_the_payload_is_refused_or_harmless(honest: pathlib.Path) -> None:
     """With the checksum recomputed; one changed bit in each byte."""
     payload = msgpack.packb(base_fields())

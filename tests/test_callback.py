@@ -31,6 +31,8 @@ from jaxckpt._store import Kernel, LocalStore
 
 from .helpers import ROOT, assert_same_tree, run_program
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 60
 
 

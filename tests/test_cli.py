@@ -695,6 +695,7 @@ def test_the_version(capsys: Any) -> None:
 # --- pipes, signals and machines ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["ls", "info", "tree", "verify", "cat", "diff", "prune"])
 def test_no_command_needs_a_device(checkpoint: pathlib.Path, command: str) -> None:
     arguments = {
@@ -814,6 +815,7 @@ def test_long_commands_tell_the_bar(
     assert bar.shown[-1].bytes_done == bar.shown[-1].bytes_total > 800_000 - 1
 
 
+@pytest.mark.slow
 def test_on_a_terminal_long_arrays_are_abbreviated(checkpoint: pathlib.Path) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -169,6 +169,7 @@ def check_six_saves(events: list[Event], root: pathlib.Path, *, sees_files: bool
             assert [event for event in during if event.name in ("unlink", "rmdir")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_order_of_system_calls(tmp_path: pathlib.Path) -> None:
     root = tmp_path / "root"
@@ -430,6 +431,7 @@ def check_nothing_is_left(path: pathlib.Path, old: Any) -> None:
         assert [name for name in os.listdir(path) if ".tmp-" in name] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_old", [False, True])
 @pytest.mark.parametrize("host_bytes_max", [None, 2 * MIB])
 @pytest.mark.parametrize("way", WAYS)
@@ -692,6 +694,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["sync", "async"])
 def test_a_killed_save_leaves_the_old_checkpoint_or_none(tmp_path: pathlib.Path, way: str) -> None:
     """SIGKILL right before steps of a save; the directory can be saved to again."""
@@ -711,6 +714,7 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_none(tmp_path: pathlib.Path,
             assert state == ("none" if kind == "first" else "1"), (moment, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staging", ["pool", "pinned"])
 def test_a_program_that_ends_without_waiting_finishes_its_save(path: pathlib.Path, staging: str) -> None:
     run_program(

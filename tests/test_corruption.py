@@ -303,6 +303,7 @@ def check_whole_leaves(saved: Saved, damage: Damage) -> None:
         assert_same_leaf(leaf, saved.leaves[whole], whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_damage_is_found(layout: Callable[[], Any], path: pathlib.Path) -> None:
     saved = save_layout(layout, path)

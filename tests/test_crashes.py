@@ -46,6 +46,8 @@ from .storage_faults import (
 )
 from .test_commit import full_path
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 # A process of its own may take so many seconds; a witness has several to wait for.
 _CHILD_S = 60
@@ -411,7 +413,6 @@ def fast_path(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield pathlib.Path(path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_sigkill_at_every_storage_operation(
     name: str, tmp_path: pathlib.Path, fast_path: pathlib.Path

@@ -23,6 +23,8 @@ import jaxckpt
 
 from .helpers import assert_same_tree, make_mesh, run_program
 
+pytestmark = pytest.mark.slow
+
 SAVED_COUNT = 8
 COUNTS = (1, 2, 3, 4, 6, 8, 16)
 

@@ -24,6 +24,8 @@ import pytest
 
 from .helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = {"jax": "jax", "nnx": "flax", "equinox": "equinox", "keras": "keras"}
 SAVE_EVERY = 5
 # A line has 48 bytes, so that a pipe of 4 KiB holds about 85: more steps than those and the ones that are read.
@@ -117,7 +119,6 @@ def unbroken(example: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[pa
 # --- an unbroken run ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_model_learns(unbroken: tuple[pathlib.Path, Losses]) -> None:
     _, losses = unbroken
     assert list(losses) == list(range(1, STEPS + 1))
@@ -125,7 +126,6 @@ def test_the_model_learns(unbroken: tuple[pathlib.Path, Losses]) -> None:
     assert statistics.mean(values[-10:]) < 0.6 * statistics.mean(values[:10])
 
 
-@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do(example: str, unbroken: tuple[pathlib.Path, Losses]) -> None:
     directory, _ = unbroken
     assert run_to_the_end(example, directory) == {}
@@ -134,7 +134,6 @@ def test_a_finished_run_has_nothing_left_to_do(example: str, unbroken: tuple[pat
 # --- a run that is killed, resumed and told to stop, and resumed again ------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_and_one_that_is_told_to_stop_resume_with_the_same_losses(
     example: str, unbroken: tuple[pathlib.Path, Losses], tmp_path: pathlib.Path
 ) -> None:

@@ -41,6 +41,8 @@ from .storage_faults import (
     put_files,
 )
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 WRITES = ("create", "open", "pwrite", "ftruncate", "fsync", "rename", "mkdir")
 NAMES = ("create", "open", "rename", "mkdir")

@@ -172,6 +172,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(st.dictionaries(st.text(st.characters(exclude_categories=()), min_size=1), values, max_size=3))
 def test_nested_values_come_back_exactly(items: dict[str, Any]) -> None:
@@ -762,6 +763,7 @@ def test_every_flipped_bit_gives_a_value_or_is_refused() -> None:
     assert outcomes[False] > 100
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(SETTINGS, max_examples=1000)
 @given(st.data())

@@ -519,6 +519,7 @@ def test_large_arrays_are_read_once_too(
     assert all(np.all(reads == 1) for reads in store.reads.values())
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(st.data(), cases(has_empty=False), OPTIONS, UNIT_BYTES)
 def test_boxes_of_any_kind_are_filled(

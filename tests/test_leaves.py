@@ -186,6 +186,7 @@ class TraceCount:
         return x * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_like", [False, True])
 def test_weak_types_need_no_retrace_after_a_restore(path, options, with_like):
     replicated = NamedSharding(make_mesh({"data": 8}), P())
@@ -245,6 +246,7 @@ def test_one_array_at_two_places(path, options):
 # --- PRNG keys ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_typed_prng_keys(path, options, impl):
     key = jax.random.key(5, impl=impl)

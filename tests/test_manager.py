@@ -350,6 +350,7 @@ def put_crash_leftovers(root: pathlib.Path, step: int) -> None:
     (root / "checkpoint.json.tmp-0123456789abcdef").write_bytes(b"{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("restart_every", [1, 4, 100])
 def test_the_survivors_are_those_of_the_pure_function_over_restarts_and_crashes(

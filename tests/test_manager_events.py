@@ -80,6 +80,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 def test_a_long_save_shows_a_bar_on_a_terminal_and_wipes_it_away(
     path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ class TerminalThatHangsUp(Terminal):
         raise OSError(errno.EIO, "the terminal is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [TerminalThatHangsUp(), None], ids=["hung up", "none"])
 def test_without_a_terminal_a_long_save_goes_on(
     path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None

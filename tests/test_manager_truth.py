@@ -283,6 +283,7 @@ def test_a_preempted_loop_leaves_a_directory_that_cannot_be_looked_into(path: pa
     assert manager.should_stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["mkdir", "create", "pwrite", "fsync"])
 @pytest.mark.parametrize("is_waited_for", [False, True])
 def test_failures_that_are_kept_keep_no_tree(path: pathlib.Path, call: str, *, is_waited_for: bool) -> None:

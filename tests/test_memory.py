@@ -16,7 +16,10 @@ import pytest
 
 from .helpers import run_program
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self"),
+    pytest.mark.slow,
+]
 
 MIB = 1 << 20
 # What may come on top of the limit: buffers of the writing and reading threads, the manifest, allocators.
@@ -157,7 +160,6 @@ def show(peaks: dict[str, int]) -> dict[str, str]:
     return {way: f"{peak / MIB:.0f} MiB" for way, peak in peaks.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["numpy", "fortran", "device", "rows", "columns"])
 def test_a_leaf_of_one_gib_with_64_mib_of_memory(tmp_path: pathlib.Path, kind: str) -> None:
     nbytes, limit = 1024 * MIB, 64 * MIB
@@ -182,7 +184,6 @@ def test_elements_of_half_a_byte_are_not_unpacked_all_at_once(tmp_path: pathlib.
     assert all(peak <= 8 * MIB + SLACK for peak in peaks.values()), show(peaks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("staging", ["pool", "pinned"])
 def test_a_hundred_saves_leave_nothing_behind(tmp_path: pathlib.Path, staging: str) -> None:
     """Memory, file handles and threads after a hundred saves are those after the first ten."""

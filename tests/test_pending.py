@@ -13,6 +13,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,10 @@ def threads_of_saves() -> list[str]:
 
 
 def assert_nothing_is_left(path: pathlib.Path) -> None:
+    # Python 3.11 forgets a thread whose `join` was interrupted, while the thread returns from its last function.
+    deadline_s = time.monotonic() + 10
+    while threads_of_saves() and time.monotonic() < deadline_s:
+        os.sched_yield()
     assert threads_of_saves() == []
     assert HOST_MEMORY.bytes_in_use == 0
     assert PINNED_MEMORY.bytes_in_use == 0
@@ -273,6 +278,7 @@ def interrupt_and_save(path: pathlib.Path, staging: str, *, is_blocking: bool) -
 # --- ending ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staging", WAYS)
 def test_a_program_that_ends_without_waiting_finishes_the_save(path: pathlib.Path, staging: str) -> None:
     program = """

@@ -23,6 +23,8 @@ from jaxckpt._preemption import Preemption
 
 from .helpers import ROOT, run_program
 
+pytestmark = pytest.mark.slow
+
 USR = (signal.SIGUSR1,)
 
 

@@ -21,6 +21,8 @@ import jaxckpt
 
 from .helpers import ROOT, run_program
 
+pytestmark = pytest.mark.slow
+
 # Python ends with this status when something fails after the program's last line.
 FAILED_AT_THE_END = 120
 

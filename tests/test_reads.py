@@ -67,6 +67,7 @@ def make_matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 # --- resharding -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_counters
 @pytest.mark.parametrize("options", [jaxckpt.SaveOptions(), UNPACKED], ids=["packed", "objects"])
 @pytest.mark.parametrize("saved", SHARDINGS)
@@ -101,6 +102,7 @@ def test_chunks_far_larger_than_the_wanted_boxes_are_read_once(path: pathlib.Pat
         assert counted <= 1.02 * values.nbytes
 
 
+@pytest.mark.slow
 @needs_counters
 def test_many_small_leaves_are_read_once(path: pathlib.Path):
     values = {f"layer_{number:03d}": make_matrix(64, 64, number) for number in range(400)}
@@ -233,6 +235,7 @@ def stored_ranges(leaf: jaxckpt.StoredLeaf, wanted: np.ndarray) -> int:
     return sum(int(np.count_nonzero(edge == 1)) for edge in edges)
 
 
+@pytest.mark.slow
 @needs_counters
 @pytest.mark.parametrize("name", INDICES)
 def test_a_part_reads_the_blocks_that_hold_it(saved_matrix: tuple[jaxckpt.Checkpoint, np.ndarray], name: str):
@@ -310,6 +313,7 @@ def saved_arrays(tmp_path_factory: pytest.TempPathFactory):
     return jaxckpt.open(path), jaxckpt.open(whole), arrays
 
 
+@pytest.mark.slow
 @SETTINGS
 @pytest.mark.parametrize("name", [*TREE_ARRAYS, "sharded", "cut"])
 @given(data=st.data())

@@ -481,6 +481,7 @@ def test_cleaning_at_any_time_leaves_what_one_cleaning_at_the_end_leaves(history
     assert survivors(directory, policy) == survivors(history, policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [

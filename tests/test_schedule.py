@@ -577,6 +577,7 @@ def test_the_share_of_a_long_run_is_kept(
     print(f"share {blocked_s / total_s:.4f} of {max_overhead}, {len(saves)} saves in {total_s:.0f} s")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_overhead", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("cost_s", [0.05, 0.8, 13.0])
 @pytest.mark.parametrize("step_s", [0.01, 0.25, 7.0])

@@ -29,6 +29,8 @@ from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY, _cut
 from .helpers import assert_same_tree, make_mesh
 from .test_commit import WatchedStore
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 WAYS = ("pool", "pinned")
 # The pinned way has half of the cap for transfers: of 2 MiB, that is less than some leaves have.

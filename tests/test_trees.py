@@ -290,6 +290,7 @@ def test_any_nest_of_dicts_lists_and_tuples_comes_back(tree):
         assert repr(restored) == repr(jax.tree.map(lambda leaf: leaf, tree))
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.lists(st.lists(tuple_keys, min_size=1, max_size=3), min_size=2, max_size=6))
 def test_different_paths_have_different_keys(paths):
@@ -516,6 +517,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optax_states(path, name):
     optimizer = OPTIMIZERS[name]

@@ -453,6 +453,7 @@ def training(directory: pathlib.Path, steps: int) -> Iterator[subprocess.Popen[s
         timer.cancel()
 
 
+@pytest.mark.slow
 def test_a_slow_evaluator_reads_whole_steps_from_a_quick_trainer(tmp_path: pathlib.Path) -> None:
     """The trainer deletes each step at once, but for the one that is being read, however long that takes."""
     steps = 60
