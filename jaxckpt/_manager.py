@@ -62,6 +62,7 @@ _FORCED = "force=True"
 _PREEMPTED = "preemption"
 _LAST = "the last step"
 _RETRIED = "its save failed before"
+_UNKNOWN = "unknown"  # in the place of a fingerprint
 # Reasons for which a save waits for the one in flight even where others are skipped.
 _URGENT = (_FORCED, _PREEMPTED, _LAST)
 
@@ -363,6 +364,7 @@ class CheckpointManager:
             on_progress=None if self._bar is None else self._bar.show,
         )
         store = self._directory.begin(step)
+        self._fingerprint_before = _UNKNOWN
         with contextlib.suppress(OSError):  # the save will meet it, too
             self._fingerprint_before = store.fingerprint(MANIFEST_NAME)
         pending = PendingSave(
@@ -515,7 +517,8 @@ class CheckpointManager:
             fingerprint = self._directory.fingerprint_of(step)
         except OSError:
             return None
-        return None if fingerprint == self._fingerprint_before else fingerprint
+        is_changed = self._fingerprint_before not in (_UNKNOWN, fingerprint)
+        return fingerprint if is_changed else None
 
     def _tidy(self, step: int) -> None:
         """Called in the background after a save of this step, while nobody waits."""
