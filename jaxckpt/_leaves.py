@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from ._dtypes import DtypeDescriptor, describe_dtype, stored_form
+from ._dtypes import describe_dtype, stored_form
 from ._errors import Problem, UnsupportedLeafError, list_problems
 from ._layout import LeafExtent
 from ._manifest import RANK_MAX, LeafSpec, encode_value
@@ -226,8 +226,3 @@ def _extent(
         shard_shape=tuple(max(size, 1) for size in stored_shard),
         owners=tuple((corner + corner_tail, number) for corner, number in owners.items()),
     )
-
-
-def dtype_descriptor_text(descriptor: DtypeDescriptor | None) -> str:
-    """A dtype descriptor for people."""
-    return "" if descriptor is None else str(descriptor)
