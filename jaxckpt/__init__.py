@@ -14,18 +14,23 @@ The modules, in the order in which to read them. Each imports only from those th
     _pending      a save in the background, and who learns that it failed
     _saving       one save from the tree to the commit
     _restoring    one restore from the manifest to the tree
+    _collective   what processes tell each other so that all of them save one checkpoint, or none
     _reading      Checkpoint and StoredLeaf: an open checkpoint as NumPy arrays
     _placement    verified bytes on the host become leaves
     _steps        which numbered checkpoints a directory holds; checkpoint.json
     _snapshot     device -> host, within a bound on host memory
     _persist      threads that checksum and write
     _commit       when a checkpoint exists, and why no crash leaves half of one
+    _ownership    which process writes which chunk; pure
     _matching     which saved leaf goes where: select, rename, like
     _resharding   which bytes must be read for which boxes; reading and verifying them
     _leaves       kinds of leaves; what is refused
     _layout       shape, dtype and sharding -> chunks, packs and pieces; pure
+    _parts        which process wrote a chunk, and where it lies
     _zarr         the zarr.json objects; pure
     _manifest     the records of the manifest, their encoding, parsing and validation; pure
+    _tables       the tables of chunks, and whether they are possible; pure
+    _processes    the processes of a jax.distributed job: telling, agreeing, failing together
     _shardings    describing and rebuilding shardings
     _keys         pytree <-> {key: leaf} and the record of its structure
     _items        small values and states of objects beside a tree, and their bytes; pure
@@ -47,12 +52,15 @@ from ._checkpoint import open as open, restore as restore, save as save, save_as
 from ._config import RestoreOptions as RestoreOptions, SaveOptions as SaveOptions
 from ._errors import (
     CheckpointError as CheckpointError,
+    CoordinationError as CoordinationError,
     CorruptError as CorruptError,
     ExistsError as ExistsError,
     FormatError as FormatError,
     MismatchError as MismatchError,
     NotFoundError as NotFoundError,
     Problem as Problem,
+    ProcessFailure as ProcessFailure,
+    ProcessMismatchError as ProcessMismatchError,
     UnsupportedLeafError as UnsupportedLeafError,
     WriteError as WriteError,
 )

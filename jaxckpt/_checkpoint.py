@@ -22,12 +22,25 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, Sharding
 
-from ._config import RestoreOptions, SaveOptions
+from ._collective import CollectiveRestore
+from ._config import RestoreOptions, SaveOptions, resolve_host_bytes_max
 from ._items import check_items, load_items
 from ._matching import Rename, Select
 from ._pending import PendingSave
+from ._placement import Target
+from ._processes import current_group
 from ._reading import Checkpoint, open_checkpoint
-from ._restoring import RestoreReport, choose_targets, is_cast, match_tree, restore_targets
+from ._restoring import (
+    RestoreReport,
+    WantedTree,
+    choose_targets,
+    is_cast,
+    is_for_this_process,
+    match_tree,
+    outline_restore,
+    plan_restore,
+    restore_targets,
+)
 from ._saving import CheckpointInfo, SaveContext, SaveJob
 
 _log = logging.getLogger("jaxckpt")
@@ -170,6 +183,7 @@ def restore(
     cast: bool = False,
     reshape: bool = False,
     items: Mapping[str, Any] | None = None,
+    exchange: bool | None = None,
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
@@ -201,6 +215,8 @@ def restore(
       reshape: Whether arrays take the shape of ``like`` when it has equally many elements.
       items: By name, objects that get back the state that they had when they were saved, as the last thing that
         happens. Saved values are read from `Checkpoint.items`.
+      exchange: In a group of processes, whether each byte is read by one of them and moved to the others by XLA; see
+        Collective. None: when they would otherwise read more than 1.5 times the bytes of the leaves.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 
@@ -212,7 +228,11 @@ def restore(
       FormatError: The manifest is damaged, or needs a newer version.
       CorruptError: Stored bytes are damaged; `.problems` names each by key, chunk and object.
       MismatchError: The tree and ``like`` differ, or an item is not there; `.problems` lists every difference.
+      CoordinationError: Another process of the group failed or did not answer. What is wrong with the checkpoint is
+        raised in all processes as the error that it is.
 
+    Collective: in a group of processes all of them call it with the same arguments, unless ``like``, ``mesh`` or
+      ``sharding`` say that everything is for devices of this process.
     Host memory: on CPU the arrays themselves and a few MiB for each reading thread; on accelerators at most
       ``host_bytes_max``, or one box of the largest array.
 
@@ -222,20 +242,43 @@ def restore(
       {'b': Array([0., 0., 0.], dtype=float32)}
     """
     began_s = time.perf_counter()
-    _check_choice("missing", missing, ("error", "keep"))
-    _check_choice("unexpected", unexpected, ("error", "ignore"))
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    bytes_before = 0 if checkpoint is not path else checkpoint.bytes_read
-    wanted = match_tree(
-        checkpoint, like, select, rename, missing=missing, unexpected=unexpected, cast=cast, reshape=reshape
-    )
-    check_items(items or {}, checkpoint.items if items else {}, checkpoint.path)
-    targets = choose_targets(checkpoint, wanted, mesh, sharding)
-    restored = restore_targets(checkpoint, targets, options or RestoreOptions())
-    leaves = [
-        match.like if match.leaf is None else restored[number] for number, match in enumerate(wanted.matches)
-    ]
-    tree = wanted.unflatten(leaves)
+    options = options or RestoreOptions()
+    together = _begin_together(path, like, mesh, sharding, options)
+    try:
+        _check_choice("missing", missing, ("error", "keep"))
+        _check_choice("unexpected", unexpected, ("error", "ignore"))
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        bytes_before = 0 if checkpoint is not path else checkpoint.bytes_read
+        wanted = match_tree(
+            checkpoint,
+            like,
+            select,
+            rename,
+            missing=missing,
+            unexpected=unexpected,
+            cast=cast,
+            reshape=reshape,
+        )
+        check_items(items or {}, checkpoint.items if items else {}, checkpoint.path)
+        targets = choose_targets(checkpoint, wanted, mesh, sharding)
+        restored = _restore_targets(checkpoint, wanted, targets, options, together, exchange)
+        leaves = [
+            match.like if match.leaf is None else restored[number]
+            for number, match in enumerate(wanted.matches)
+        ]
+        tree = wanted.unflatten(leaves)
+        bytes_read = checkpoint.bytes_read - bytes_before
+        group_bytes_read = bytes_read if together is None else together.end(bytes_read)
+    except BaseException as error:
+        if together is None:
+            raise
+        failure = together.session.fail(error)
+        if failure is error:
+            raise
+        raise failure from error
+    finally:
+        if together is not None:
+            together.session.close()
     if items:
         load_items(items, checkpoint.items, checkpoint.path)
     seconds = time.perf_counter() - began_s
@@ -250,9 +293,37 @@ def restore(
         ignored=wanted.ignored,
         cast=tuple(wanted.keys[number] for number, target in targets.items() if is_cast(checkpoint, target)),
         nbytes=nbytes,
-        bytes_read=checkpoint.bytes_read - bytes_before,
+        bytes_read=bytes_read,
         seconds=seconds,
+        group_bytes_read=group_bytes_read,
     )
+
+
+def _begin_together(
+    path: Path | Checkpoint, like: Any, mesh: Mesh | None, sharding: Any, options: RestoreOptions
+) -> CollectiveRestore | None:
+    """How the processes of the group restore together; None when there is one, or what is asked for is all its own."""
+    group = current_group()
+    if group is None or is_for_this_process(like, mesh, sharding):
+        return None
+    where = path.path if isinstance(path, Checkpoint) else os.fspath(path)
+    return CollectiveRestore(group, f"restore {where!r}", options.timeout_s)
+
+
+def _restore_targets(
+    checkpoint: Checkpoint,
+    wanted: WantedTree,
+    targets: dict[int, Target],
+    options: RestoreOptions,
+    together: CollectiveRestore | None,
+    exchange: bool | None,
+) -> dict[int, Any]:
+    processes = 1 if together is None else together.machine_mates
+    host_bytes_max = resolve_host_bytes_max(options.host_bytes_max, processes)
+    plan = plan_restore(checkpoint, targets, host_bytes_max, options.io_threads)
+    if together is not None:
+        together.begin(outline_restore(checkpoint, wanted, targets), plan.nbytes)
+    return restore_targets(checkpoint, plan, options.io_threads)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -62,14 +62,22 @@ _commit_lock = threading.Lock()
 class Attempt:
     """One attempt to commit a checkpoint."""
 
-    def __init__(self, store: Store, may_overwrite: bool) -> None:
+    def __init__(self, store: Store, data: str, may_overwrite: bool, *, is_guest: bool = False) -> None:
+        """An attempt whose data directory is there.
+
+        Args:
+          store: Where the checkpoint will be.
+          data: Name of the data directory.
+          may_overwrite: Whether a checkpoint may be replaced.
+          is_guest: Whether another process made the directory, and commits or abandons the attempt.
+        """
         self.store = store
-        self.data = f"data-{secrets.token_hex(8)}"
+        self.data = data
         self._may_overwrite = may_overwrite
+        self._is_guest = is_guest
         self._objects: list[StoredObject] = []
         self._is_publishing = False
-        self.store.make_directory(self.data)
-        self._hold: Hold | None = self.store.hold_alone(self.data)
+        self._hold: Hold | None = None if is_guest else store.hold_alone(data)
 
     def put_metadata(self, name: str, data: bytes) -> None:
         """Writes a metadata object below the data directory and remembers its checksum."""
@@ -147,6 +155,8 @@ class Attempt:
 
         It is when only the sync after the rename failed, and when somebody interrupts the sweep.
         """
+        if self._is_guest:
+            return
         if not self.is_committed():
             with contextlib.suppress(OSError):
                 self.store.delete_tree(self.data)
@@ -162,15 +172,42 @@ class Attempt:
         self._objects.append(StoredObject(name, len(data), xxhash.xxh3_128_digest(data)))
 
 
-def begin(store: Store, *, may_overwrite: bool) -> Attempt:
+def begin(store: Store, *, may_overwrite: bool, data: str | None = None) -> Attempt:
     """Starts an attempt.
+
+    Args:
+      store: Where the checkpoint will be.
+      may_overwrite: Whether a checkpoint may be replaced.
+      data: Name of the data directory; None takes a new one.
 
     Raises:
       ExistsError: A committed checkpoint is there and overwriting is not allowed.
     """
     if not may_overwrite and store.exists(MANIFEST_NAME):
         raise ExistsError(_exists_message(store))
-    return Attempt(store, may_overwrite)
+    data = data or new_data_name()
+    store.make_directory(data)
+    return Attempt(store, data, may_overwrite)
+
+
+def new_data_name() -> str:
+    """A name that no attempt has had."""
+    return f"data-{secrets.token_hex(8)}"
+
+
+def join(store: Store, data: str) -> Attempt:
+    """Takes part in an attempt that another process began, and whose first object is there.
+
+    Raises:
+      CheckpointError: This process does not see that object: the processes do not share a file system.
+    """
+    if not store.exists(f"{data}/{METADATA_NAME}"):
+        raise CheckpointError(
+            f"{store.path!r} is not the same directory for all processes: process 0 wrote {data}/{METADATA_NAME} there,"
+            " and this process does not see it\n"
+            "save to a file system that all processes share, or pass local=True: each process then keeps what it has"
+        )
+    return Attempt(store, data, False, is_guest=True)
 
 
 def _exists_message(store: Store) -> str:

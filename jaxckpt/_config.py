@@ -14,6 +14,10 @@ Staging = Literal["auto", "pool", "pinned"]
 # manifest for each MiB stored, and xxh3 runs at 20 to 30 GB/s on blocks of this size. Part of format 1.
 BLOCK_BYTES = MIB
 
+# Replicas share the writing of a shard if it can be cut into parts of this size. Smaller ones would cost more in the
+# tables of the chunks and in seeks than they win.
+SPLIT_BYTES_MIN = MIB
+
 # What one write call carries. Several are in flight at a time, so that 8 MiB is far above the size at which
 # disks reach full speed and far below any memory budget. A multiple of BLOCK_BYTES.
 PIECE_BYTES = 8 * MIB
@@ -33,14 +37,17 @@ class SaveOptions:
       pack_bytes_max: Chunks of fewer bytes go into shared pack objects. 0 packs nothing: every array is then a
         Zarr array of its own. Default 4 MiB: creating and syncing a file costs about 1 ms, the time that a disk
         takes for 2 MiB (jaxckpt/DESIGN.md, "Packs").
-      host_bytes_max: Hard cap in bytes on staging memory, over all saves of the process. A small cap only makes
-        saving slower; `save_async` then waits for room before it returns. The floor is 2 MiB. None: half of the
-        machine's memory.
+      host_bytes_max: Hard cap in bytes on staging memory, over all saves of the machine: processes of a group that
+        run on one machine share it equally. A small cap only makes saving slower; `save_async` then waits for room
+        before it returns. The floor is 2 MiB for each process. None: half of the machine's memory.
       staging: ``"pinned"`` copies shards to pinned host memory with one batched transfer that runs after the
         computation in flight (GPU, TPU). ``"pool"`` waits for the values and copies them into reused host
         buffers (CPU). ``"auto"`` takes the one that the devices of the tree want.
       io_threads: Threads that checksum and write. Default 4, also on two cores: as fast as 8 on a disk, where they
         mostly wait, and a tenth faster than 8 in memory (jaxckpt/DESIGN.md, "Input and output").
+      timeout_s: Most seconds that a process of a group waits for the others at one point of a save. A failure is
+        known everywhere in about a second; this is for processes that hang. Default 600, as long as a large save
+        takes on slow storage.
     """
 
     chunk_bytes_max: int = 64 * MIB
@@ -48,11 +55,13 @@ class SaveOptions:
     host_bytes_max: int | None = None
     staging: Staging = "auto"
     io_threads: int = 4
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         _require_at_least("chunk_bytes_max", self.chunk_bytes_max, 1)
         _require_at_least("pack_bytes_max", self.pack_bytes_max, 0)
         _require_at_least("io_threads", self.io_threads, 1)
+        _require_at_least("timeout_s", self.timeout_s, 0)
         if self.host_bytes_max is not None:
             _require_at_least("host_bytes_max", self.host_bytes_max, 1)
         if self.staging not in ("auto", "pool", "pinned"):
@@ -67,22 +76,30 @@ class RestoreOptions:
       host_bytes_max: Cap in bytes on host memory beyond the arrays that are returned. On accelerators a restore
         goes through the tree in waves of this size. The floor is 2 MiB. None: half of the machine's memory.
       io_threads: Threads that read and verify. Default 8, which reads a cold disk faster than 4.
+      timeout_s: As for `SaveOptions`.
     """
 
     host_bytes_max: int | None = None
     io_threads: int = 8
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         _require_at_least("io_threads", self.io_threads, 1)
+        _require_at_least("timeout_s", self.timeout_s, 0)
         if self.host_bytes_max is not None:
             _require_at_least("host_bytes_max", self.host_bytes_max, 1)
 
 
-def resolve_host_bytes_max(host_bytes_max: int | None) -> int:
-    """The cap in bytes: the given one but for its floor, or half of the machine's memory."""
+def resolve_host_bytes_max(host_bytes_max: int | None, processes: int = 1) -> int:
+    """The cap in bytes of one process: the given one but for its floor, or half of the machine's memory.
+
+    Args:
+      host_bytes_max: As in the options.
+      processes: How many share the machine.
+    """
     if host_bytes_max is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return max(host_bytes_max, _HOST_BYTES_MIN)
+        host_bytes_max = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(host_bytes_max // processes, _HOST_BYTES_MIN)
 
 
 def piece_bytes_for(host_bytes_max: int) -> int:
@@ -90,6 +107,6 @@ def piece_bytes_for(host_bytes_max: int) -> int:
     return max(BLOCK_BYTES, min(PIECE_BYTES, host_bytes_max // 2 // BLOCK_BYTES * BLOCK_BYTES))
 
 
-def _require_at_least(name: str, value: int, least: int) -> None:
+def _require_at_least(name: str, value: float, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")

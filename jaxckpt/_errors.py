@@ -7,6 +7,8 @@
     ├── CorruptError                                   checksum, missing or short chunk (.problems)
     ├── MismatchError        (also ValueError)         tree, shape, dtype, sharding differ (.problems)
     ├── UnsupportedLeafError (also TypeError)          a leaf or dict key that cannot be stored (.problems)
+    ├── CoordinationError                              a process of the group failed, or did not answer (.failures)
+    │   └── ProcessMismatchError (also MismatchError)  processes passed different trees or steps
     └── WriteError           (also OSError)            storage refused
 
 A message says what failed and where, up to ten problems (one a line, with the key and both values), how
@@ -83,6 +85,41 @@ class CorruptError(CheckpointError):
 
 class MismatchError(CheckpointError, ValueError):
     """The checkpoint and the wanted tree differ in keys, shapes, dtypes or kinds of leaves."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProcessFailure:
+    """What went wrong in one process of a group.
+
+    Attributes:
+      process: Its index.
+      kind: Name of the class of its error, or ``"silent"`` when it did not answer.
+      message: What went wrong there, for people.
+      problems: The single findings, where its error had some.
+    """
+
+    process: int
+    kind: str
+    message: str
+    problems: tuple[Problem, ...] = ()
+
+
+class CoordinationError(CheckpointError):
+    """A process of the group failed or did not answer, and the others stopped with it.
+
+    Attributes:
+      failures: What went wrong, by process.
+    """
+
+    def __init__(
+        self, message: str, failures: Sequence[ProcessFailure] = (), problems: Sequence[Problem] = ()
+    ) -> None:
+        CheckpointError.__init__(self, message, problems)
+        self.failures = tuple(failures)
+
+
+class ProcessMismatchError(CoordinationError, MismatchError):
+    """Processes of a group passed different trees, steps or arguments. Nothing was written."""
 
 
 class UnsupportedLeafError(CheckpointError, TypeError):

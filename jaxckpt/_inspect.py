@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ._config import PIECE_BYTES, RestoreOptions
-from ._errors import FormatError, Problem, printable, printable_key
+from ._errors import CorruptError, FormatError, Problem, printable, printable_key
 from ._layout import flat_boxes
 from ._progress import Progress, ProgressMeter, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
@@ -94,22 +94,43 @@ def verify(
         problems = error.problems or (Problem(None, "manifest", str(error)),)
         return VerifyReport(os.fspath(path), problems, 0, time.perf_counter() - began_s)  # type: ignore[arg-type]
     manifest = checkpoint.manifest
-    whole = [
-        (leaf, [((0,) * len(spec.stored_shape), spec.stored_shape)])
-        for leaf, spec in ((leaf, manifest.spec(leaf)) for leaf in range(len(manifest.keys)))
-        if spec.kind != "value"
+    bytes_before = checkpoint.bytes_read
+    problems_of_parts, lost = _check_parts(checkpoint)
+    present = [
+        (leaf, checkpoint.index.present_boxes(leaf))
+        for leaf in range(len(manifest.keys))
+        if manifest.spec(leaf).kind != "value" and leaf not in lost
     ]
-    plan = plan_reads(manifest, whole, PIECE_BYTES)
+    plan = plan_reads(checkpoint.index, present, PIECE_BYTES)
     total = plan.nbytes + sum(entry.length for entry in manifest.objects)
     meter = ProgressMeter(total, "read", on_progress)
     executor = ReadExecutor(checkpoint.store, manifest, threads=options.io_threads, meter=meter)
     executor.check_metadata(manifest.objects)
     executor.check_objects(plan)
     executor.verify(plan)
-    problems_found = {str(problem): problem for problem in _first_of_each_chunk(executor.problems)}
+    found = [*problems_of_parts, *_first_of_each_chunk(executor.problems)]
+    problems_found = {str(problem): problem for problem in found}
+    checkpoint.count_read(executor.bytes_read)
     return VerifyReport(
-        checkpoint.path, tuple(problems_found.values()), executor.bytes_read, time.perf_counter() - began_s
+        checkpoint.path,
+        tuple(problems_found.values()),
+        checkpoint.bytes_read - bytes_before,
+        time.perf_counter() - began_s,
     )
+
+
+def _check_parts(checkpoint: Checkpoint) -> tuple[list[Problem], set[int]]:
+    """What is wrong with the parts of the processes, and the leaves that cannot be read without them."""
+    manifest = checkpoint.manifest
+    problems: list[Problem] = []
+    lost: set[int] = set()
+    for process in range(len(manifest.parts)):
+        try:
+            checkpoint.index.load(process)
+        except CorruptError as error:
+            problems.extend(error.problems)
+            lost.update(np.flatnonzero(manifest.counts_of(process)).tolist())
+    return problems, lost
 
 
 def _first_of_each_chunk(problems: list[Problem]) -> Iterator[Problem]:
@@ -223,17 +244,16 @@ def describe(path: Path | Checkpoint) -> Description:
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     manifest = checkpoint.manifest
-    own_objects = int(np.count_nonzero(manifest.chunks.pack < 0))
     return Description(
         path=checkpoint.path,
         created=format_date(manifest.created_s),
         writer=checkpoint.writer,
         metadata=checkpoint.metadata,
         metrics=checkpoint.metrics,
-        items_bytes=0 if manifest.items is None else manifest.items.length,
+        items_bytes=manifest.items_bytes,
         nbytes=checkpoint.nbytes,
-        stored_bytes=int(manifest.chunks.length.sum()) + sum(entry.length for entry in manifest.objects),
-        objects=own_objects + len(manifest.packs) + len(manifest.objects),
+        stored_bytes=manifest.stored_bytes,
+        objects=manifest.object_count,
         leaves=tuple(_describe_leaf(checkpoint[key]) for key in manifest.keys),
     )
 

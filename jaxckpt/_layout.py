@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from ._config import BLOCK_BYTES
-from ._manifest import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT
-from ._shardings import Box
+from ._manifest import ABSENT
+from ._shardings import Box, ShardMap
+from ._tables import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT
 
 # A pack is closed when it has this many bytes: large enough for full disk speed, small enough for one request to an
 # object store.
@@ -42,13 +43,28 @@ class LeafExtent:
       shape: Stored shape.
       itemsize: Bytes of a stored element.
       shard_shape: Shape of every shard.
-      owners: For the low corner of each distinct shard, the number of the shard that is written.
+      owners: For the low corner of each distinct shard of this process, the number of the one that is written.
+      shards: Who holds which shard, for an array that spans processes.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     shard_shape: tuple[int, ...]
     owners: tuple[tuple[tuple[int, ...], int], ...]
+    shards: ShardMap | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Share:
+    """Who writes which chunk of a leaf.
+
+    Attributes:
+      chunk_shape: Shape of every chunk of the stored form.
+      owners: ``uint32[chunks]``, process that writes each chunk, in C order of the chunk grid.
+    """
+
+    chunk_shape: tuple[int, ...]
+    owners: np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,9 +112,19 @@ class PlannedObject:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WritePlan:
-    """Everything that will be written for the arrays of a tree, and the chunk columns of the manifest."""
+    """Everything that this process will write for the arrays of a tree, and the columns of its chunk table.
+
+    Attributes:
+      chunk_shapes: Of each leaf.
+      unpacked: The leaves whose chunks are objects of their own, whoever writes them.
+      objects, pieces: What is written.
+      pack, offset, length: Columns of the table, one row for each chunk that is written.
+      packs: Length of each pack.
+      nbytes: Bytes of the chunks, without padding.
+    """
 
     chunk_shapes: tuple[tuple[int, ...], ...]
+    unpacked: tuple[int, ...]
     objects: tuple[PlannedObject, ...]
     pieces: tuple[Piece, ...]
     pack: np.ndarray[Any, Any]
@@ -147,7 +173,13 @@ def _divisors(number: int) -> list[int]:
 
 
 def plan_writes(
-    leaves: Sequence[LeafExtent | None], *, chunk_bytes_max: int, pack_bytes_max: int, piece_bytes: int
+    leaves: Sequence[LeafExtent | None],
+    *,
+    chunk_bytes_max: int,
+    pack_bytes_max: int,
+    piece_bytes: int,
+    shares: Sequence[Share | None] | None = None,
+    process: int = 0,
 ) -> WritePlan:
     """Lays out the chunks of a tree.
 
@@ -156,6 +188,8 @@ def plan_writes(
       chunk_bytes_max: Most bytes of a chunk, see `cut_shard`.
       pack_bytes_max: Chunks of fewer bytes are packed.
       piece_bytes: Most bytes of a piece; a multiple of the block size.
+      shares: Whose chunks are whose; None: what is here is written.
+      process: The one whose chunks are written.
     """
     planner = _Planner(min(pack_bytes_max, piece_bytes - PIECE_ALIGNMENT), piece_bytes)
     chunk_shapes: list[tuple[int, ...]] = []
@@ -163,30 +197,62 @@ def plan_writes(
         if extent is None:
             chunk_shapes.append(())
             continue
-        chunk_shape = cut_shard(extent.shard_shape, extent.itemsize, chunk_bytes_max)
+        share = None if shares is None else shares[number]
+        if share is None:
+            chunk_shape = cut_shard(extent.shard_shape, extent.itemsize, chunk_bytes_max)
+            chunks = chunks_of(extent, chunk_shape)
+        else:
+            chunk_shape = share.chunk_shape
+            chunks = [chunk for chunk in chunks_of(extent, chunk_shape) if share.owners[chunk.row] == process]
         chunk_shapes.append(chunk_shape)
-        planner.add_leaf(number, extent, chunk_shape)
+        planner.add_leaf(number, extent, chunk_shape, chunks)
     return planner.finish(tuple(chunk_shapes))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardChunk:
+    """A chunk of a shard.
+
+    Attributes:
+      row: Its number in the chunk grid of the leaf.
+      index: Its place there.
+      shard: Number of the shard.
+      first: Byte of the shard at which it begins.
+    """
+
+    row: int
+    index: tuple[int, ...]
+    shard: int
+    first: int
+
+
 @functools.lru_cache(maxsize=4096)
-def _chunks_of(
-    extent: LeafExtent, chunk_shape: tuple[int, ...]
-) -> tuple[tuple[int, tuple[int, ...], int, int], ...]:
-    """For each chunk, shard by shard: its row in the grid's order, its index, its shard, its first byte in that."""
+def chunks_of(extent: LeafExtent, chunk_shape: tuple[int, ...]) -> tuple[ShardChunk, ...]:
+    """The chunks of the shards of this process, shard by shard, in the order of their bytes."""
+    if 0 in extent.shape:
+        return ()
     grid = tuple(size // chunk for size, chunk in zip(extent.shape, chunk_shape, strict=True))
-    if 0 in grid:
-        return ()  # np.ndindex would list the other axes all the same, however long they are
-    owners = dict(extent.owners)
-    chunks = []
-    for row, index in enumerate(np.ndindex(grid)):
-        lo = [place * size for place, size in zip(index, chunk_shape, strict=True)]
-        corner = tuple(at // size * size for at, size in zip(lo, extent.shard_shape, strict=True))
-        first = 0
-        for at, start, size in zip(lo, corner, extent.shard_shape, strict=True):
-            first = first * size + at - start
-        chunks.append((row, index, owners[corner], first * extent.itemsize))
-    return tuple(sorted(chunks, key=lambda chunk: chunk[2:]))
+    inside = tuple(size // chunk for size, chunk in zip(extent.shard_shape, chunk_shape, strict=True))
+    chunks: list[ShardChunk] = []
+    for corner, shard in sorted(extent.owners, key=lambda owner: owner[1]):
+        for place in np.ndindex(inside):
+            row = first = 0
+            index = []
+            for axis, step in enumerate(place):
+                at = corner[axis] // chunk_shape[axis] + step
+                index.append(at)
+                row = row * grid[axis] + at
+                first = first * extent.shard_shape[axis] + step * chunk_shape[axis]
+            chunks.append(ShardChunk(row, tuple(index), shard, first * extent.itemsize))
+    return tuple(chunks)
+
+
+def present_chunks(extent: LeafExtent, chunk_shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """``uint16[chunks]``: 0 for the chunks of the shards of this process, `ABSENT` for all others."""
+    count = math.prod(size // chunk for size, chunk in zip(extent.shape, chunk_shape, strict=True))
+    column = np.full(count, ABSENT, np.uint16)
+    column[[chunk.row for chunk in chunks_of(extent, chunk_shape)]] = 0
+    return column
 
 
 class _Planner:
@@ -201,6 +267,7 @@ class _Planner:
         self._offset: list[int] = []
         self._length: list[int] = []
         self._packs: list[int] = []
+        self._unpacked: list[int] = []
         self._nbytes = 0
         # The pack being filled: bytes in closed pieces, bytes in the open piece, and what is in it.
         self._pack_object: int | None = None
@@ -208,18 +275,26 @@ class _Planner:
         self._piece_fill = 0
         self._piece_segments: list[Segment] = []
 
-    def add_leaf(self, leaf: int, extent: LeafExtent, chunk_shape: tuple[int, ...]) -> None:
+    def add_leaf(
+        self, leaf: int, extent: LeafExtent, chunk_shape: tuple[int, ...], chunks: Sequence[ShardChunk]
+    ) -> None:
         nbytes = math.prod(chunk_shape) * extent.itemsize
-        chunks = _chunks_of(extent, chunk_shape)
-        first_chunk = len(self._pack)
+        is_packed = nbytes < self._pack_bytes_max
+        if not is_packed and 0 not in extent.shape:
+            self._unpacked.append(leaf)
+        first_row = len(self._pack)
         for column in (self._pack, self._offset, self._length):
             column.extend([0] * len(chunks))
         self._nbytes += nbytes * len(chunks)
-        for row, index, shard, first in chunks:
-            if nbytes < self._pack_bytes_max:
-                self._add_packed(leaf, first_chunk + row, shard, first, nbytes)
+        # The table is in the order of the grid, what is written in the order of the shards.
+        grid_order = sorted(chunk.row for chunk in chunks)
+        row_of = {row: first_row + number for number, row in enumerate(grid_order)}
+        for chunk in chunks:
+            row = row_of[chunk.row]
+            if is_packed:
+                self._add_packed(leaf, row, chunk.shard, chunk.first, nbytes)
             else:
-                self._add_object(leaf, first_chunk + row, index, shard, first, nbytes)
+                self._add_object(leaf, row, chunk.index, chunk.shard, chunk.first, nbytes)
 
     def _add_object(
         self, leaf: int, chunk: int, index: tuple[int, ...], shard: int, first: int, nbytes: int
@@ -279,6 +354,7 @@ class _Planner:
         self._close_pack()
         return WritePlan(
             chunk_shapes=chunk_shapes,
+            unpacked=tuple(self._unpacked),
             objects=tuple(self._objects),
             pieces=tuple(self._pieces),
             pack=np.array(self._pack, np.int32),

@@ -22,7 +22,7 @@ from ._dtypes import describe_dtype, stored_form
 from ._errors import Problem, UnsupportedLeafError, list_problems
 from ._layout import LeafExtent
 from ._manifest import RANK_MAX, LeafSpec, encode_value
-from ._shardings import box_of
+from ._shardings import ShardMap, box_of, map_shards
 
 # Longer strings go to chunks, so that the manifest stays small.
 _INLINE_BYTES_MAX = 1 << 14
@@ -111,8 +111,6 @@ def _inspect_jax(leaf: jax.Array) -> Leaf:
         raise _RefusedError(
             "is unreduced: its shards hold partial sums; jax.reshard it to a reduced sharding first"
         )
-    if not leaf.is_fully_addressable:
-        raise _RefusedError("spans several processes, and this version saves from one process only")
     dtype: Any = leaf.dtype
     if isinstance(dtype, np.dtype):
         return Leaf(
@@ -198,11 +196,12 @@ def _key_template(
 
 
 def _device_extent(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding) -> LeafExtent:
-    """Extent of a sharded array; of equal shards the first in the order of the array's own shards is written."""
+    """Extent of a sharded array; of equal shards here the first in the order of the array's own shards is written."""
     owners: dict[tuple[int, ...], int] = {}
     for number, index in enumerate(sharding.addressable_devices_indices_map(shape).values()):
         owners.setdefault(box_of(index, shape)[0], number)
-    return _extent(shape, dtype, sharding.shard_shape(shape), owners)
+    shards = None if sharding.is_fully_addressable else map_shards(sharding, shape)
+    return _extent(shape, dtype, sharding.shard_shape(shape), owners, shards)
 
 
 def _host_extent(shape: tuple[int, ...], dtype: np.dtype[Any]) -> LeafExtent:
@@ -214,6 +213,7 @@ def _extent(
     dtype: np.dtype[Any],
     shard_shape: tuple[int, ...],
     owners: dict[tuple[int, ...], int],
+    shards: ShardMap | None = None,
 ) -> LeafExtent:
     stored_shape, itemsize = stored_form(dtype, shape)
     if len(stored_shape) > RANK_MAX:
@@ -225,4 +225,5 @@ def _extent(
         itemsize=itemsize,
         shard_shape=tuple(max(size, 1) for size in stored_shard),
         owners=tuple((corner + corner_tail, number) for corner, number in owners.items()),
+        shards=shards,
     )

@@ -2,7 +2,8 @@
 
 A few threads take pieces from a queue. Each computes the checksums of the piece's blocks, writes the piece, gives its
 memory back, and, when it was the last piece of its object, makes the object durable. Objects are written in parallel
-and in any order; nothing refers to them yet.
+and in any order; nothing refers to them yet. The threads begin when it is known where to write: in a group of processes
+the first of them says so, while the others already take their snapshots.
 
 The threads are not daemons and are all started before `save_async` returns: a program that ends meanwhile still
 finishes its save (new threads and executors are refused by then). After the first failure the rest of the queue is
@@ -11,6 +12,8 @@ drained without writing, so that nobody waits for memory for ever.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import queue
 import threading
@@ -21,9 +24,9 @@ import xxhash
 
 from ._config import BLOCK_BYTES
 from ._layout import Piece, WritePlan
-from ._manifest import CHECKSUM_BYTES
 from ._progress import ProgressMeter
 from ._store import Buffer, ObjectWriter, Store
+from ._tables import CHECKSUM_BYTES
 
 
 @final
@@ -33,8 +36,7 @@ class PieceWriter:
     Args:
       store: Where to.
       plan: What the pieces belong to.
-      names: Name of each object of the plan.
-      first_calls: What else must be done before the save is durable; queued before all pieces.
+      call_count: How many calls `open` will be given at most.
       threads: Number of threads.
       meter: Is told of written bytes.
     """
@@ -43,15 +45,15 @@ class PieceWriter:
         self,
         store: Store,
         plan: WritePlan,
-        names: list[str],
         *,
-        first_calls: Sequence[Callable[[], None]],
+        call_count: int,
         threads: int,
         meter: ProgressMeter,
     ) -> None:
         self._store = store
         self._plan = plan
-        self._names = names
+        self._names: list[str] = []
+        self._is_open = threading.Event()
         self._meter = meter
         blocks = -(-plan.length.astype("int64") // BLOCK_BYTES)
         self._first_block: list[int] = (blocks.cumsum() - blocks).tolist()
@@ -64,10 +66,9 @@ class PieceWriter:
             self._pieces_left[piece.object] += 1
         self._writers: dict[int, ObjectWriter] = {}
         self._object_locks = [threading.Lock() for _ in plan.objects]
-        for call in first_calls:
-            self._queue.put(functools.partial(self._call, call))
+        self._first_calls: collections.deque[Callable[[], None]] = collections.deque()
         # Starting a thread is what a small save blocks its caller for: two do for a piece and a few metadata objects.
-        count = min(threads, max(2, len(plan.pieces)), len(plan.pieces) + len(first_calls))
+        count = min(threads, max(2, len(plan.pieces)), len(plan.pieces) + call_count)
         self._ended = [threading.Event() for _ in range(count)]
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxckpt-write-{number}", args=(self._ended[number],))
@@ -79,6 +80,17 @@ class PieceWriter:
         except BaseException as error:
             self.abandon(error)
             raise
+
+    def open(self, names: list[str], first_calls: Sequence[Callable[[], None]]) -> None:
+        """Lets the threads begin; until then pieces only queue up.
+
+        Args:
+          names: Name of each object of the plan.
+          first_calls: What else must be done before the save is durable; done before the pieces.
+        """
+        self._names = names
+        self._first_calls.extend(first_calls)
+        self._is_open.set()
 
     @property
     def failure(self) -> BaseException | None:
@@ -106,10 +118,15 @@ class PieceWriter:
         if any(self._pieces_left):
             raise RuntimeError("pieces of the plan were never submitted")
 
-    def abandon(self, failure: BaseException) -> None:
-        """Stops writing, waits for the threads and closes what is open."""
+    def stop(self, failure: BaseException) -> None:
+        """Writes nothing more; waits for nothing."""
         with self._lock:
             self._failure = self._failure or failure
+        self._is_open.set()
+
+    def abandon(self, failure: BaseException) -> None:
+        """Stops writing, waits for the threads and closes what is open."""
+        self.stop(failure)
         self._join()
 
     def _join(self) -> None:
@@ -126,6 +143,10 @@ class PieceWriter:
 
     def _work(self, ended: threading.Event) -> None:
         try:
+            self._is_open.wait()
+            while self._first_calls:
+                with contextlib.suppress(IndexError):  # another thread took the last one
+                    self._call(self._first_calls.popleft())
             while (work := self._queue.get()) is not None:
                 work()
                 del work  # the bytes may belong to the caller: hold them no longer than needed

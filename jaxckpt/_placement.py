@@ -99,7 +99,12 @@ def _from_value(target: Target, value: Any) -> Any:
         array = np.asarray(value, target.dtype)
     if target.kind == "numpy":
         return array
-    placed = jax.device_put(array, target.sharding)
+    if target.sharding is None:
+        placed = jax.device_put(array)
+    else:  # `device_put` onto devices of other processes would compare the values between them first
+        placed = jax.make_array_from_callback(
+            array.shape, target.sharding, lambda index: array[index], dtype=array.dtype
+        )
     return _with_weak_type(placed) if target.weak_type else placed
 
 
@@ -133,7 +138,10 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
         if target.sharding is None:
             return jax.device_put(whole)
         return jax.make_array_from_callback(
-            target.shape, target.sharding, lambda index: np.asarray(whole[index], dtype, order="C")
+            target.shape,
+            target.sharding,
+            lambda index: np.asarray(whole[index], dtype, order="C"),
+            dtype=dtype,
         )
     rank = len(spec.shape)
     arrays = {
@@ -143,9 +151,10 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
     }
     if len(arrays) == 1:
         (only,) = arrays.values()
-        return jax.make_array_from_callback(target.shape, target.sharding, lambda _: only)
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda _: only, dtype=dtype)
+    # The dtype tells what it is where this process has no part of it.
     return jax.make_array_from_callback(
-        target.shape, target.sharding, lambda index: arrays[box_of(index, target.shape)]
+        target.shape, target.sharding, lambda index: arrays[box_of(index, target.shape)], dtype=dtype
     )
 
 

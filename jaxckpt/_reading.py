@@ -28,11 +28,14 @@ from ._manifest import (
     MANIFEST_NAME,
     LeafSpec,
     Manifest,
+    StoredObject,
     decode_text,
     decode_value,
     parse_manifest,
 )
 from ._matching import logical_shape
+from ._parts import ChunkIndex
+from ._processes import current_group
 from ._resharding import Destination, ReadExecutor, plan_reads
 from ._shardings import Box
 from ._store import Hold, Store, open_store
@@ -77,6 +80,8 @@ class Checkpoint:
         self._store = store
         self._holds = holds
         self._manifest = manifest
+        # Not a method: a cycle would keep the holds until the garbage is collected.
+        self._index = ChunkIndex(manifest, functools.partial(_read_part, store, manifest))
         self._leaf_of_key = {key: number for number, key in enumerate(manifest.keys)}
         self._bytes_read = manifest_bytes
 
@@ -102,20 +107,22 @@ class Checkpoint:
 
     @functools.cached_property
     def items(self) -> dict[str, Any]:
-        """What was given as ``items=``, read and verified; of objects, their state.
+        """What was given as ``items=`` by this process, read and verified; of objects, their state.
 
         Raises:
           CorruptError: The items are damaged.
         """
-        entry = self._manifest.items
-        if entry is None:
-            return {}
-        executor = ReadExecutor(self._store, self._manifest, threads=1)
-        data = executor.read_metadata(entry)
-        self._bytes_read += executor.bytes_read
-        executor.raise_problems(f"read the items of {self.path!r}")
-        assert data is not None
-        return decode_items(data, self.path)
+        group = current_group()
+        return self.items_of(0 if group is None else group.index)
+
+    def items_of(self, process: int) -> dict[str, Any]:
+        """What a process gave as ``items=``; the same as process 0 unless it gave something else.
+
+        Raises:
+          CorruptError: The items are damaged.
+        """
+        entry = self._manifest.items_of(process) or self._manifest.items_of(0)
+        return {} if entry is None else decode_items(self.read_object(entry), self.path)
 
     @property
     def created_s(self) -> float:
@@ -135,7 +142,7 @@ class Checkpoint:
     @property
     def bytes_read(self) -> int:
         """Bytes asked of storage through this object so far, the manifest included."""
-        return self._bytes_read
+        return self._bytes_read + self._index.bytes_read
 
     @property
     def manifest(self) -> Manifest:
@@ -170,13 +177,28 @@ class Checkpoint:
         """
         return rebuild(self._manifest.nodes, [StoredLeaf(self, leaf) for leaf in range(len(self))])
 
+    @property
+    def index(self) -> ChunkIndex:
+        """Where the chunks lie, for tools."""
+        return self._index
+
+    def read_object(self, entry: StoredObject) -> bytes:
+        """A metadata object, verified.
+
+        Raises:
+          CorruptError: It is damaged.
+        """
+        data = _read_object(self._store, self._manifest, entry)
+        self._bytes_read += len(data)
+        return data
+
     def count_read(self, nbytes: int) -> None:
         """Adds to `bytes_read`."""
         self._bytes_read += nbytes
 
     def read_boxes(self, leaf: int, boxes: Sequence[Box]) -> list[Destination]:
         """Reads and verifies boxes of the stored form of a leaf."""
-        plan = plan_reads(self._manifest, [(leaf, boxes)], PIECE_BYTES)
+        plan = plan_reads(self._index, [(leaf, boxes)], PIECE_BYTES)
         executor = ReadExecutor(self._store, self._manifest, threads=RestoreOptions().io_threads)
         executor.check_objects(plan)
         key = self._manifest.keys[leaf]
@@ -185,6 +207,19 @@ class Checkpoint:
         self._bytes_read += executor.bytes_read
         executor.raise_problems(f"read {key!r} of {self.path!r}")
         return list(plan.destinations)
+
+
+def _read_part(store: Store, manifest: Manifest, process: int) -> bytes:
+    part = manifest.parts[process]
+    return _read_object(store, manifest, StoredObject(part.name, part.length, part.checksum))
+
+
+def _read_object(store: Store, manifest: Manifest, entry: StoredObject) -> bytes:
+    executor = ReadExecutor(store, manifest, threads=1)
+    data = executor.read_metadata(entry)
+    executor.raise_problems(f"read {store.path!r}")
+    assert data is not None
+    return data
 
 
 @final
@@ -321,8 +356,9 @@ class StoredLeaf:
             return None
         manifest = self._checkpoint.manifest
         first, last = manifest.chunk_starts[self._leaf : self._leaf + 2]
-        cut = repr((self._spec.chunk_shape, manifest.chunks.length[first:last].tolist())).encode()
-        return cut + b"".join(manifest.chunks.fingerprint(chunk) for chunk in range(int(first), int(last)))
+        places = [self._checkpoint.index.place(self._leaf, chunk) for chunk in range(int(first), int(last))]
+        cut = repr((self._spec.chunk_shape, [place.length for place in places])).encode()
+        return cut + b"".join(place.table.fingerprint(place.row) for place in places)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -32,10 +32,12 @@ import xxhash
 from ._config import BLOCK_BYTES
 from ._errors import CorruptError, Problem, list_problems
 from ._layout import blocks_of_box, flat_boxes, intersect
-from ._manifest import OWN_OBJECT, PIECE_ALIGNMENT, LeafSpec, Manifest, StoredObject
+from ._manifest import LeafSpec, Manifest, StoredObject
+from ._parts import ChunkIndex, ChunkPlace, box_of_chunk
 from ._progress import ProgressMeter
 from ._shardings import Box
 from ._store import Buffer, Store, allocate_aligned
+from ._tables import PIECE_ALIGNMENT
 
 # The unsigned type of each element size, to move elements without looking at them.
 _MOVABLE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
@@ -64,7 +66,8 @@ class Part:
     """Blocks of one chunk within a unit.
 
     Attributes:
-      leaf, chunk: Leaf, and row of the chunk table.
+      leaf, chunk: Leaf, and number of the chunk among all.
+      place: Where the chunk lies.
       first_block, block_count: Which blocks.
       at: Byte of the unit at which they start.
       length: Their bytes as stored.
@@ -73,6 +76,7 @@ class Part:
 
     leaf: int
     chunk: int
+    place: ChunkPlace
     first_block: int
     block_count: int
     at: int
@@ -111,7 +115,7 @@ class ReadPlan:
 
 
 def plan_reads(
-    manifest: Manifest,
+    index: ChunkIndex,
     wanted: Iterable[tuple[int, Sequence[Box]]],
     unit_bytes: int,
     fortran: Collection[int] = (),
@@ -119,12 +123,12 @@ def plan_reads(
     """Plans the reads for boxes of leaves.
 
     Args:
-      manifest: What is stored.
+      index: Where the chunks lie; what it has to read for that is read.
       wanted: Leaves, each with the distinct boxes of its stored form that are needed.
       unit_bytes: Most bytes of one read; at least a block.
       fortran: Leaves whose boxes are to lie in Fortran order.
     """
-    planner = _ReadPlanner(manifest, max(unit_bytes // BLOCK_BYTES, 1), fortran)
+    planner = _ReadPlanner(index, max(unit_bytes // BLOCK_BYTES, 1), fortran)
     for leaf, boxes in wanted:
         planner.add_leaf(leaf, boxes)
     return planner.finish()
@@ -132,13 +136,14 @@ def plan_reads(
 
 @final
 class _ReadPlanner:
-    def __init__(self, manifest: Manifest, unit_blocks: int, fortran: Collection[int]) -> None:
-        self._manifest = manifest
+    def __init__(self, index: ChunkIndex, unit_blocks: int, fortran: Collection[int]) -> None:
+        self._index = index
+        self._manifest = index.manifest
         self._unit_blocks = unit_blocks
         self._fortran = fortran
         self._destinations: list[Destination] = []
         self._units: list[Unit] = []
-        self._packed: list[tuple[int, int, Part]] = []
+        self._packed: list[tuple[tuple[int, int], int, Part]] = []
         self._object_lengths: dict[str, int] = {}
         self._leaves_of_object: dict[str, list[tuple[int, int]]] = {}
 
@@ -173,33 +178,32 @@ class _ReadPlanner:
             row = 0
             for place, size in zip(index, grid, strict=True):
                 row = row * size + place
-            region = intersect(box, _chunk_box(spec, index))
+            region = intersect(box, box_of_chunk(spec, index))
             assert region is not None
             yield first + row, region
 
     def _add_chunk(
         self, leaf: int, spec: LeafSpec, chunk: int, targets: tuple[tuple[Destination, Box], ...]
     ) -> None:
-        name, object_length = self._manifest.object_of(leaf, chunk)
-        self._object_lengths[name] = object_length
-        self._leaves_of_object.setdefault(name, []).append((leaf, chunk))
-        offset = int(self._manifest.chunks.offset[chunk])
-        length = int(self._manifest.chunks.length[chunk])
+        place = self._index.place(leaf, chunk)
+        self._object_lengths[place.object] = place.object_length
+        self._leaves_of_object.setdefault(place.object, []).append((leaf, chunk))
+        length = place.length
         chunk_box = self._box_of_chunk(leaf, spec, chunk)
         for first_block, block_count in self._block_runs(spec, chunk_box, length, targets):
             start = first_block * BLOCK_BYTES
             run_length = min(block_count * BLOCK_BYTES, length - start)
-            part = Part(leaf, chunk, first_block, block_count, 0, run_length, targets)
-            if self._manifest.chunks.pack[chunk] != OWN_OBJECT:
-                self._packed.append((int(self._manifest.chunks.pack[chunk]), offset + start, part))
+            part = Part(leaf, chunk, place, first_block, block_count, 0, run_length, targets)
+            if place.pack is not None:
+                self._packed.append((place.pack, place.offset + start, part))
             else:
                 in_place = _range_in_place(spec, chunk_box, start, targets)
-                self._units.append(Unit(name, offset + start, run_length, (part,), in_place))
+                self._units.append(Unit(place.object, start, run_length, (part,), in_place))
 
     def _box_of_chunk(self, leaf: int, spec: LeafSpec, chunk: int) -> Box:
         if spec.chunk_count == 1:
             return (0,) * len(spec.stored_shape), spec.stored_shape
-        return _chunk_box(spec, self._manifest.chunk_index(leaf, chunk))
+        return box_of_chunk(spec, self._manifest.chunk_index(leaf, chunk))
 
     def _block_runs(
         self, spec: LeafSpec, chunk_box: Box, length: int, targets: tuple[tuple[Destination, Box], ...]
@@ -232,26 +236,21 @@ class _ReadPlanner:
         """Joins parts that lie side by side in a pack."""
         self._packed.sort(key=lambda entry: entry[:2])
         joined: list[Part] = []
-        pack, start, end = -1, 0, 0
+        pack, start, end = (-1, -1), 0, 0
         for number, offset, part in self._packed:
             is_next = number == pack and offset == end
             if joined and not (is_next and end + part.length - start <= self._unit_blocks * BLOCK_BYTES):
-                self._add_pack_unit(pack, start, end, joined)
+                self._add_pack_unit(start, end, joined)
                 joined = []
             if not joined:
                 pack, start = number, offset
             joined.append(dataclasses.replace(part, at=offset - start))
             end = offset + part.length
         if joined:
-            self._add_pack_unit(pack, start, end, joined)
+            self._add_pack_unit(start, end, joined)
 
-    def _add_pack_unit(self, pack: int, start: int, end: int, parts: list[Part]) -> None:
-        self._units.append(Unit(self._manifest.pack_name(pack), start, end - start, tuple(parts)))
-
-
-def _chunk_box(spec: LeafSpec, index: tuple[int, ...]) -> Box:
-    lo = tuple(place * size for place, size in zip(index, spec.chunk_shape, strict=True))
-    return lo, tuple(start + size for start, size in zip(lo, spec.chunk_shape, strict=True))
+    def _add_pack_unit(self, start: int, end: int, parts: list[Part]) -> None:
+        self._units.append(Unit(parts[0].place.object, start, end - start, tuple(parts)))
 
 
 def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -445,7 +444,7 @@ class ReadExecutor:
         first = part.first_block
         for block in range(part.block_count):
             data = view[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-            if xxhash.xxh3_128_digest(data) != self._manifest.chunks.checksum(part.chunk, first + block):
+            if xxhash.xxh3_128_digest(data) != part.place.table.checksum(part.place.row, first + block):
                 place = unit.offset + part.at + block * BLOCK_BYTES
                 self._report_part(
                     unit, part, "checksum", f"the checksum of the block at byte {place} differs"
@@ -457,7 +456,7 @@ class ReadExecutor:
         """Copies what the destinations want from verified blocks."""
         spec = self._manifest.spec(part.leaf)
         itemsize = spec.stored_itemsize
-        chunk_lo = _chunk_box(spec, self._manifest.chunk_index(part.leaf, part.chunk))[0]
+        chunk_lo = box_of_chunk(spec, self._manifest.chunk_index(part.leaf, part.chunk))[0]
         first = part.first_block * BLOCK_BYTES // itemsize
         last = min(first + part.length // itemsize, spec.chunk_nbytes // itemsize)
         elements = buffer[part.at : part.at + (last - first) * itemsize].view(_MOVABLE[itemsize])
@@ -513,10 +512,10 @@ def _adopting(manifest: Manifest, unit: Unit) -> set[Destination]:
     if unit.in_place is not None:
         return adopting
     for part in unit.parts:
-        if manifest.chunks.pack[part.chunk] == OWN_OBJECT or len(part.targets) != 1:
+        if part.place.pack is None or len(part.targets) != 1:
             continue
         destination, region = part.targets[0]
-        is_whole_chunk = part.first_block == 0 and part.length == int(manifest.chunks.length[part.chunk])
+        is_whole_chunk = part.first_block == 0 and part.length == part.place.length
         if (
             is_whole_chunk
             and not destination.fortran_axes

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from ._config import PIECE_BYTES, RestoreOptions, resolve_host_bytes_max
+from ._collective import Outline, outline_sharding
+from ._config import PIECE_BYTES
 from ._errors import MismatchError, Problem, list_problems
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
 from ._manifest import LeafSpec, Manifest, StoredObject, decode_value
@@ -33,8 +34,8 @@ from ._matching import (
 )
 from ._placement import Target, boxes_of, is_fortran, place
 from ._reading import Checkpoint
-from ._resharding import ReadExecutor, plan_reads
-from ._shardings import fit_to_mesh, give_devices, rebuild_sharding
+from ._resharding import ReadExecutor, ReadPlan, plan_reads
+from ._shardings import Box, fit_to_mesh, give_devices, rebuild_sharding
 from ._zarr import METADATA_NAME
 
 
@@ -51,6 +52,7 @@ class RestoreReport:
       nbytes: Bytes of the restored arrays, as saved.
       bytes_read: Bytes that were asked of storage, manifest and metadata included.
       seconds: Seconds that it took.
+      group_bytes_read: The same as `bytes_read`, of all processes of the group together.
     """
 
     path: str
@@ -61,6 +63,7 @@ class RestoreReport:
     nbytes: int
     bytes_read: int
     seconds: float
+    group_bytes_read: int
 
 
 def is_cast(checkpoint: Checkpoint, target: Target) -> bool:
@@ -287,34 +290,96 @@ class _StandIn:
     number: int
 
 
-def restore_targets(
-    checkpoint: Checkpoint, targets: dict[int, Target], options: RestoreOptions
-) -> dict[int, Any]:
-    """Reads, verifies and places the targets, in waves that fit the host memory."""
+def is_for_this_process(like: Any, mesh: Mesh | None, sharding: Any) -> bool:
+    """Whether arguments of a restore say that no array spans processes; not from what is stored."""
+    if sharding is not None:
+        return isinstance(sharding, Sharding) and sharding.is_fully_addressable
+    if mesh is not None:
+        return all(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    if like is None:
+        return False
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like)]
+    return all(
+        not hasattr(leaf, "restore_as_saved")
+        and (not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is not None)
+        and (not isinstance(each, Sharding) or each.is_fully_addressable)
+        for leaf, each in zip(jax.tree.leaves(like), shardings, strict=True)
+    )
+
+
+def outline_restore(checkpoint: Checkpoint, wanted: WantedTree, targets: dict[int, Target]) -> Outline:
+    """What must be equal in all processes that restore together."""
     manifest = checkpoint.manifest
-    host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
-    unit_bytes = min(PIECE_BYTES, max(host_bytes_max // (2 * options.io_threads), 1))
-    executor = ReadExecutor(checkpoint.store, manifest, threads=options.io_threads)
-    doing = f"restore {checkpoint.path!r}"
-    executor.check_metadata(_metadata_of(manifest, [target.leaf for target in targets.values()]))
+    process, count = manifest.local or (None, None)
+    call = {"checkpoint": [manifest.data, manifest.created_s if process is None else count]}
+    leaves = tuple(_outline_target(target) for target in targets.values())
+    return Outline(call, [], tuple(wanted.keys[number] for number in targets), leaves)
+
+
+def _outline_target(target: Target) -> str:
+    text = f"leaf {target.leaf}, {target.kind} {target.dtype} {target.shape}"
+    if target.sharding is None or target.sharding.is_fully_addressable:
+        return text
+    return f"{text} {outline_sharding(target.sharding)}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class RestorePlan:
+    """Which targets are read together, and how.
+
+    Attributes:
+      targets: What is wanted, by the number of the leaf.
+      boxes: The boxes that this process needs of each.
+      waves: Numbers of the leaves that are in host memory at the same time.
+      plans: The reads of each wave.
+    """
+
+    targets: dict[int, Target]
+    boxes: dict[int, list[Box]]
+    waves: list[list[int]]
+    plans: list[ReadPlan]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(plan.nbytes for plan in self.plans)
+
+
+def plan_restore(
+    checkpoint: Checkpoint, targets: dict[int, Target], host_bytes_max: int, io_threads: int
+) -> RestorePlan:
+    """Plans the reading of the targets, in waves that fit the host memory."""
+    manifest = checkpoint.manifest
+    unit_bytes = min(PIECE_BYTES, max(host_bytes_max // (2 * io_threads), 1))
     boxes = {number: boxes_of(target, manifest.spec(target.leaf)) for number, target in targets.items()}
     waves = _waves(manifest, targets, host_bytes_max)
     fortran = {target.leaf for target in targets.values() if is_fortran(target, manifest.spec(target.leaf))}
     plans = [
-        plan_reads(manifest, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes, fortran)
+        plan_reads(
+            checkpoint.index, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes, fortran
+        )
         for wave in waves
     ]
-    for plan in plans:
-        executor.check_objects(plan)
+    return RestorePlan(targets, boxes, waves, plans)
+
+
+def restore_targets(checkpoint: Checkpoint, plan: RestorePlan, io_threads: int) -> dict[int, Any]:
+    """Reads, verifies and places the targets of a plan."""
+    manifest = checkpoint.manifest
+    executor = ReadExecutor(checkpoint.store, manifest, threads=io_threads)
+    doing = f"restore {checkpoint.path!r}"
+    executor.check_metadata(_metadata_of(manifest, [target.leaf for target in plan.targets.values()]))
+    for reads in plan.plans:
+        executor.check_objects(reads)
     executor.raise_problems(doing)
     results: dict[int, Any] = {}
-    for wave, plan in zip(waves, plans, strict=True):
-        executor.read(plan)
+    for wave, reads in zip(plan.waves, plan.plans, strict=True):
+        executor.read(reads)
         executor.raise_problems(doing)
-        filled = iter(plan.destinations)
+        filled = iter(reads.destinations)
         for number in wave:
-            target = targets[number]
-            mine = [next(filled) for _ in boxes[number]]
+            target = plan.targets[number]
+            mine = [next(filled) for _ in plan.boxes[number]]
             value = manifest.values.get(target.leaf)
             try:
                 results[number] = place(target, manifest.spec(target.leaf), value, mine)

@@ -11,6 +11,7 @@ the snapshot was staged whole *and* every piece of the plan is durable.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -27,20 +28,37 @@ import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+import xxhash
 
-from ._commit import begin
-from ._config import SaveOptions, piece_bytes_for, resolve_host_bytes_max
+from ._collective import CollectiveSave, Outline, outline_leaf
+from ._commit import Attempt, begin, retract
+from ._config import SPLIT_BYTES_MIN, SaveOptions, piece_bytes_for, resolve_host_bytes_max
 from ._errors import CheckpointError, WriteError
 from ._items import encode_items
 from ._keys import flatten
-from ._layout import LeafExtent, WritePlan, plan_writes
+from ._layout import LeafExtent, Share, WritePlan, plan_writes, present_chunks
 from ._leaves import Template, inspect_leaves
-from ._manifest import ITEMS_BYTES_MAX, ITEMS_NAME, TIME_S_MAX, ChunkTable, LeafSpec, Manifest, StoredObject
+from ._manifest import (
+    ITEMS_BYTES_MAX,
+    ITEMS_DIRECTORY,
+    NO_CHUNKS,
+    PARTS_DIRECTORY,
+    TIME_S_MAX,
+    LeafSpec,
+    Manifest,
+    PartEntry,
+    StoredObject,
+    local_directory,
+)
+from ._ownership import share_writes
+from ._parts import encode_part
 from ._persist import PieceWriter
+from ._processes import Group, current_group
 from ._progress import Progress, ProgressMeter
 from ._shardings import describe_sharding
 from ._snapshot import PinnedSnapshot, SnapshotGivenUpError, choose_staging, take_snapshot
 from ._store import Store, open_store
+from ._tables import ChunkTable
 from ._zarr import METADATA_NAME, array_metadata, group_metadata, leaf_directory
 
 _log = logging.getLogger("jaxckpt")
@@ -125,12 +143,45 @@ class SaveJob:
         options: SaveOptions,
         *,
         is_blocking: bool,
+        is_local: bool = False,
     ) -> None:
         self._began_s = time.perf_counter() if context.began_s is None else context.began_s
         self._staged_s = 0.0
         self._drained_s = 0.0
+        self._persist_began_s = 0.0
         self._is_blocking = False
         self._context = context
+        self._options = options
+        self._may_overwrite = overwrite
+        self.store = open_store(path)
+        self._attempt: Attempt | None = None
+        self._staged = threading.Event()
+        self._stage_failure: BaseException | None = None
+        self._watch = contextlib.ExitStack()
+        group = current_group()
+        if is_local and group is not None:
+            self.store = self.store.child(local_directory(group.index))
+        self._together = (
+            None
+            if group is None
+            else CollectiveSave(
+                group, f"save {open_store(path).path!r}", options.timeout_s, is_local=is_local
+            )
+        )
+        # The first time this asks the others: before anything can fail here, so that nobody waits for an answer.
+        self._processes_here = 1 if group is None else group.machine_mates(options.timeout_s)
+        try:
+            self._prepare(tree, is_blocking=is_blocking, group=group)
+            if self._together is None:
+                self._begin()
+        except BaseException as error:
+            if self._together is not None:
+                raise self._together.session.fail(error) from error
+            raise
+
+    def _prepare(self, tree: Any, *, is_blocking: bool, group: Group | None) -> None:
+        """What needs no storage and no other process: everything is looked at and planned."""
+        context, options = self._context, self._options
         self._metadata = _copy_metadata(context.metadata)
         self._metrics = _check_metrics(context.metrics or {})
         self._items = encode_items(context.items) if context.items else None
@@ -145,55 +196,79 @@ class SaveJob:
         self._values = {
             number: leaf.value for number, leaf in enumerate(leaves) if leaf.template.extent is None
         }
-
-        self.store = open_store(path)
-        host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
+        host_bytes_max = resolve_host_bytes_max(options.host_bytes_max, self._processes_here)
         staging = choose_staging(leaves, options.staging)
         if is_blocking and staging == "pool":
             host_bytes_max = min(host_bytes_max, _BLOCKING_BYTES_MAX)
             if not self.store.wants_aligned_memory:
                 staging = "direct"
         piece_bytes = piece_bytes_for(host_bytes_max)
-        self._plan = _plan_for(
+        is_shared = self._together is not None and not self._together.is_local
+        self._plan, self._shares = _plan_for(
             tuple(template.extent for template in self._templates),
             options.chunk_bytes_max,
             options.pack_bytes_max,
             piece_bytes,
+            (group.index, group.count) if is_shared and group is not None else None,
         )
-        total = sum(piece.length for piece in self._plan.pieces)
-        self.meter = ProgressMeter(total, "snapshot", context.on_progress)
         self._directories = _directories_for(
             self._flat.keys, self._templates, self._plan, options.pack_bytes_max
         )
+        total = sum(piece.length for piece in self._plan.pieces)
+        self.meter = ProgressMeter(total, "snapshot", context.on_progress)
+        self._snapshot = take_snapshot(staging, leaves, self._plan, host_bytes_max, piece_bytes)
+        # Last, since its threads must be ended by whoever fails from here on.
+        self._writer = PieceWriter(
+            self.store,
+            self._plan,
+            call_count=len(self._directories) + 2,
+            threads=options.io_threads,
+            meter=self.meter,
+        )
+
+    def _begin(self) -> None:
+        """Begins the attempt, and lets the writer begin."""
+        has_items = self._items is not None
         try:
-            self._attempt = begin(self.store, may_overwrite=overwrite)
-        except OSError as error:
-            self._raise(error)
-        self._staged = threading.Event()
-        self._stage_failure: BaseException | None = None
-        calls = [
-            functools.partial(self._attempt.put_metadata, name, data)
-            for name, data in self._metadata_contents().items()
-        ]
-        try:
-            self._snapshot = take_snapshot(staging, leaves, self._plan, host_bytes_max, piece_bytes)
+            if self._together is None:
+                self._attempt = begin(self.store, may_overwrite=self._may_overwrite)
+            else:
+                self._attempt, has_items = self._together.begin(
+                    self.store, self._outline(), self._items, may_overwrite=self._may_overwrite
+                )
+                self._watch.enter_context(self._together.session.watching(self._stop))
             self._persist_began_s = time.perf_counter() - self._began_s
-            # Last, since its threads must be ended by whoever fails from here on.
-            self._writer = PieceWriter(
-                self.store,
-                self._plan,
-                self._object_names(),
-                first_calls=[*calls, self._attempt.put_root_group],
-                threads=options.io_threads,
-                meter=self.meter,
-            )
-        except BaseException:
-            self._attempt.abandon()
+            calls = self._metadata_calls(self._attempt, has_items=has_items)
+            self._writer.open(self._object_names(self._attempt), calls)
+        except BaseException as error:
+            self._release_snapshot()
+            self._writer.abandon(error)
+            if self._attempt is not None:
+                self._attempt.abandon()
+            if self._together is None:
+                self._raise(error)
             raise
+
+    def _outline(self) -> Outline:
+        options = self._options
+        call = {
+            "step": self._context.step,
+            "overwrite": self._may_overwrite,
+            "local": self._together is not None and self._together.is_local,
+            "options": [options.chunk_bytes_max, options.pack_bytes_max],
+        }
+        leaves = tuple(map(outline_leaf, self._templates))
+        return Outline(call, self._flat.nodes, self._flat.keys, leaves)
+
+    def _stop(self, error: BaseException) -> None:
+        """Called when another process has failed."""
+        self.give_up(error)
+        self._writer.stop(error)
 
     def run(self) -> CheckpointInfo:
         """All steps of a blocking save."""
         self._is_blocking = True
+        self._begin_together()
         # A transfer within a memory bound needs another thread that hands over what has arrived.
         drainer = threading.Thread(target=self._drain_quietly, name="jaxckpt-drain")
         try:
@@ -228,12 +303,23 @@ class SaveJob:
     def abandon(self, error: BaseException) -> None:
         """Ends a save of which no other method was called."""
         self.give_up(error)
-        self._clean_up(error)
+        with contextlib.suppress(CheckpointError):
+            self._fail(error)
 
     def drain(self) -> None:
         """Hands the writer what the snapshot still holds, and waits until it was staged whole."""
+        self._begin_together()
         self._drain_quietly()
         self._staged.wait()
+
+    def _begin_together(self) -> None:
+        """Agrees with the other processes. A failure is kept for `finish`."""
+        if self._together is None or self._stage_failure is not None:
+            return
+        try:
+            self._begin()
+        except BaseException as error:
+            self.give_up(error)
 
     def finish(self) -> CheckpointInfo:
         """Waits for the writer, then commits."""
@@ -242,21 +328,20 @@ class SaveJob:
                 raise self._stage_failure
             self.meter.enter("write")
             self._writer.finish()
+            self._watch.close()
             self.meter.enter("commit")
-            objects = self._attempt.metadata_objects
-            manifest_bytes = self._attempt.commit(self._manifest(objects))
+            manifest_bytes = self._commit()
         except BaseException as error:
-            self._clean_up(error)
-            self._raise(self._writer.failure or error, is_committed=self._attempt.is_committed())
+            self._fail(self._writer.failure or error)
+        if self._together is not None:
+            self._together.session.close()
         self.meter.enter("done")
         seconds = time.perf_counter() - self._began_s
         waited_s = self._context.waited_s
         info = CheckpointInfo(
             path=self.store.path,
-            nbytes=self._plan.nbytes,
-            bytes_written=int(self._plan.length.sum())
-            + sum(entry.length for entry in objects)
-            + manifest_bytes,
+            nbytes=sum(template.spec.nbytes for template in self._templates),
+            bytes_written=self._bytes_written + manifest_bytes,
             leaves=len(self._flat.keys),
             objects=len(self._plan.objects),
             blocked_s=waited_s + (seconds if self._is_blocking else self._staged_s),
@@ -290,10 +375,53 @@ class SaveJob:
         if isinstance(self._snapshot, PinnedSnapshot):
             self._snapshot.give_up()
 
-    def _clean_up(self, error: BaseException) -> None:
+    def _commit(self) -> int:
+        """Commits, alone or with the other processes; returns the bytes of the manifest that this process wrote."""
+        attempt = self._attempt
+        assert attempt is not None
+        chunks = ChunkTable(
+            self._plan.pack, self._plan.offset, self._plan.length, bytes(self._writer.checksums)
+        )
+        own = attempt.metadata_objects
+        self._bytes_written = int(chunks.length.sum()) + sum(entry.length for entry in own)
+        if self._together is None:
+            return attempt.commit(self._manifest(chunks, own))
+        together = self._together
+        part: PartEntry | None = None
+        if not together.is_local:
+            data = encode_part(together.index, chunks, self._plan.packs)
+            name = f"{attempt.data}/{PARTS_DIRECTORY}/{together.index}"
+            self.store.put(name, data)
+            stored_bytes = int(chunks.length.sum())
+            part = PartEntry(
+                name, len(data), xxhash.xxh3_128_digest(data), len(self._plan.objects), stored_bytes
+            )
+            self._bytes_written += len(data)
+        self.store.sync()
+        return together.publish(
+            part,
+            own,
+            lambda parts, objects: attempt.commit(self._manifest(chunks, objects, parts)),
+            functools.partial(retract, self.store),
+        )
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Ends a failed save, and raises why it failed."""
+        together = self._together
+        failure = error
+        if together is not None:
+            failure = together.session.fail(error)
+        self._watch.close()
         self._release_snapshot()
         self._writer.abandon(error)
-        self._attempt.abandon()
+        if together is not None:
+            together.settle()
+            together.session.close()
+        if self._attempt is not None:
+            self._attempt.abandon()
+        if failure is not error:
+            raise failure from error
+        self._raise(error, is_committed=self._attempt is not None and self._attempt.is_committed())
 
     def _raise(self, error: BaseException, *, is_committed: bool = False) -> NoReturn:
         """Raises a failure in the words of this library."""
@@ -302,21 +430,28 @@ class SaveJob:
             raise write_error(self.store, error, newest_good, is_committed=is_committed) from error
         raise error
 
-    def _object_names(self) -> list[str]:
+    def _object_names(self, attempt: Attempt) -> list[str]:
+        process = 0 if self._together is None or self._together.is_local else self._together.index
         names = []
         for entry in self._plan.objects:
             if entry.leaf is None:
-                names.append(f"{self._attempt.data}/packs/0-{entry.index[0]}")
+                names.append(f"{attempt.data}/packs/{process}-{entry.index[0]}")
             else:
                 chunk = ".".join(["c", *map(str, entry.index)])
-                names.append(f"{self._attempt.data}/{self._directories[entry.leaf]}/{chunk}")
+                names.append(f"{attempt.data}/{self._directories[entry.leaf]}/{chunk}")
         return names
 
-    def _metadata_contents(self) -> dict[str, bytes]:
-        """The ``zarr.json`` objects below the data directory, which make it a Zarr group, and the items."""
-        contents: dict[str, bytes] = {METADATA_NAME: group_metadata()}
-        if self._items is not None:
-            contents[ITEMS_NAME] = self._items
+    def _metadata_calls(self, attempt: Attempt, *, has_items: bool) -> list[Callable[[], None]]:
+        """Writes of the ``zarr.json`` objects, which make the data directory a Zarr group, and of the items."""
+        contents: dict[str, bytes] = {}
+        together = self._together
+        if has_items and self._items is not None:
+            process = 0 if together is None else together.index
+            contents[f"{ITEMS_DIRECTORY}/{process}"] = self._items
+        if together is not None and together.index != 0 and not together.is_local:
+            return [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
+        if together is None:  # in a group it is there already
+            contents[METADATA_NAME] = group_metadata()
         for leaf, directory in self._directories.items():
             contents[f"{directory}/{METADATA_NAME}"] = array_metadata(
                 self._flat.keys[leaf], self._spec(leaf, None)
@@ -324,13 +459,18 @@ class SaveJob:
             parts = directory.split("/")
             for depth in range(1, len(parts)):
                 contents["/".join([*parts[:depth], METADATA_NAME])] = group_metadata()
-        return contents
+        calls = [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
+        return [*calls, attempt.put_root_group]
 
     def _spec(self, leaf: int, sharding: int | None) -> LeafSpec:
         chunk_shape = self._plan.chunk_shapes[leaf]
         return dataclasses.replace(self._templates[leaf].spec, chunk_shape=chunk_shape, sharding=sharding)
 
-    def _manifest(self, objects: tuple[StoredObject, ...]) -> Manifest:
+    def _manifest(
+        self, chunks: ChunkTable, objects: tuple[StoredObject, ...], parts: tuple[PartEntry, ...] = ()
+    ) -> Manifest:
+        assert self._attempt is not None
+        owners, owner_index = self._owners()
         shardings: dict[int, int] = {}
         descriptors: list[dict[str, Any]] = []
         specs: dict[Any, int] = {}
@@ -365,30 +505,79 @@ class SaveJob:
             values=self._values,
             shardings=tuple(descriptors),
             directories=self._directories,
-            packs=self._plan.packs,
-            chunks=ChunkTable(
-                self._plan.pack, self._plan.offset, self._plan.length, bytes(self._writer.checksums)
-            ),
+            packs=() if parts else self._plan.packs,
+            chunks=NO_CHUNKS if parts else chunks,
             objects=objects,
             metrics=_read_metrics(self._metrics),
+            parts=parts,
+            owners=owners,
+            owner_index=owner_index,
+            local=(
+                (self._together.index, self._together.count)
+                if self._together is not None and self._together.is_local
+                else None
+            ),
         )
+
+    def _owners(self) -> tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]:
+        """Columns of owners, each once, and the number of each leaf's; none with one process."""
+        columns: dict[Any, int] = {}
+        found: list[np.ndarray[Any, Any]] = []
+        index = np.full(len(self._templates), -1, np.int32)
+        if self._together is None:
+            return (), np.zeros(0, np.int32)
+        for leaf, template in enumerate(self._templates):
+            extent, chunk_shape = template.extent, self._plan.chunk_shapes[leaf]
+            share = None if self._shares is None else self._shares[leaf]
+            if extent is None or 0 in extent.shape:
+                continue
+            identity = (extent, chunk_shape) if share is None else id(share.owners)
+            number = columns.get(identity)
+            if number is None:
+                number = columns[identity] = len(found)
+                found.append(present_chunks(extent, chunk_shape) if share is None else share.owners)
+            index[leaf] = number
+        return tuple(found), index
 
 
 @functools.lru_cache(maxsize=8)
 def _plan_for(
-    extents: tuple[LeafExtent | None, ...], chunk_bytes_max: int, pack_bytes_max: int, piece_bytes: int
-) -> WritePlan:
-    """The write plan, remembered: a training loop saves the same tree again and again."""
-    return plan_writes(
-        extents, chunk_bytes_max=chunk_bytes_max, pack_bytes_max=pack_bytes_max, piece_bytes=piece_bytes
+    extents: tuple[LeafExtent | None, ...],
+    chunk_bytes_max: int,
+    pack_bytes_max: int,
+    piece_bytes: int,
+    group: tuple[int, int] | None,
+) -> tuple[WritePlan, list[Share | None] | None]:
+    """The write plan, remembered: a training loop saves the same tree again and again.
+
+    Args:
+      extents: What has bytes.
+      chunk_bytes_max: As in the options.
+      pack_bytes_max: As in the options.
+      piece_bytes: Most bytes of a piece.
+      group: Index of this process and their number, where they share the writing.
+    """
+    shares = None
+    if group is not None:
+        shares = share_writes(
+            extents, group[1], chunk_bytes_max=chunk_bytes_max, split_bytes_min=SPLIT_BYTES_MIN
+        )
+    plan = plan_writes(
+        extents,
+        chunk_bytes_max=chunk_bytes_max,
+        pack_bytes_max=pack_bytes_max,
+        piece_bytes=piece_bytes,
+        shares=shares,
+        process=0 if group is None else group[0],
     )
+    return plan, shares
 
 
 def _directories_for(
     keys: Sequence[str], templates: Sequence[Template], plan: WritePlan, pack_bytes_max: int
 ) -> dict[int, str]:
     """Directory of each leaf that is a Zarr array: those with objects of their own, or all when nothing is packed."""
-    leaves = {entry.leaf for entry in plan.objects if entry.leaf is not None}
+    leaves = set(plan.unpacked)
     if pack_bytes_max == 0:
         leaves |= {number for number, template in enumerate(templates) if template.extent is not None}
     return {leaf: leaf_directory(keys[leaf]) for leaf in sorted(leaves)}

@@ -7,13 +7,17 @@
 3. `fit_to_mesh` puts a saved partition spec on a mesh of the caller's: axes that the mesh lacks are dropped, and a
    dimension that no longer divides falls back to fewer axes.
 4. `shard_boxes` lists the distinct boxes of an array under a sharding, with the devices that hold each.
+5. `map_shards` says for every device of every process which shard it holds. A large job has many thousands of
+   devices and leaves, so it counts with arrays, and leaves with equal specs share theirs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -97,7 +101,9 @@ def rebuild_sharding(descriptor: dict[str, Any], shape: tuple[int, ...]) -> Shar
     """
     devices = jax.devices()
     if descriptor["type"] != "named":
-        same = [device for device in devices if device.id == descriptor.get("device_id")]
+        # In a group of processes each has such an array for itself.
+        local = jax.local_devices()
+        same = [device for device in local if device.id == descriptor.get("device_id")]
         return _with_memory_kind(
             SingleDeviceSharding((same or [default_device()])[0]), descriptor["memory_kind"]
         )
@@ -171,6 +177,99 @@ def shard_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[De
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         boxes.setdefault(box_of(index, shape), []).append(device)
     return boxes
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class ShardMap:
+    """Which devices and processes hold which shard of an array.
+
+    Attributes:
+      shard_shape: Shape of every shard.
+      grid: Number of distinct shards along each axis; 1 where the array has size 0.
+      shards: int64[devices]: for each device, in the order of the sharding, the number of its shard in C order of
+        the grid. Read-only, and shared by maps that number alike.
+      processes: int32[devices]: process index of each device. Read-only, and shared by maps of one mesh.
+    """
+
+    shard_shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    shards: np.ndarray[Any, Any]
+    processes: np.ndarray[Any, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def map_shards(sharding: Sharding, shape: tuple[int, ...]) -> ShardMap:
+    """The shard of every device of the sharding, those of other processes included.
+
+    Args:
+      sharding: Any sharding that has devices and divides the shape.
+      shape: Shape of the array.
+    """
+    if (
+        isinstance(sharding, NamedSharding)
+        and isinstance(sharding.mesh, Mesh)
+        and not sharding.spec.unreduced
+    ):
+        mesh = sharding.mesh
+        numbered = named_shards(tuple(mesh.shape.items()), sharding.spec.partitions, shape)
+        return ShardMap(*numbered, _processes_of(mesh))
+    shard_shape = sharding.shard_shape(shape)
+    grid = tuple(size // part if part else 1 for size, part in zip(shape, shard_shape, strict=True))
+    indices = sharding.devices_indices_map(shape)
+    corners = np.array([box_of(index, shape)[0] for index in indices.values()], np.int64)
+    places = corners.reshape(len(indices), len(shape)) // np.maximum(np.array(shard_shape, np.int64), 1)
+    shards = places @ np.array(_strides_of(grid), np.int64)
+    processes = np.array([device.process_index for device in indices], np.int32)
+    return ShardMap(shard_shape, grid, _read_only(shards), _read_only(processes))
+
+
+def named_shards(
+    axes: tuple[tuple[str, int], ...], spec: Sequence[Any], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray[Any, Any]]:
+    """Shard shape, grid and shard numbers of an array that a partition spec lays over a mesh.
+
+    Args:
+      axes: Name and size of each axis of the mesh.
+      spec: Entries of the partition spec; axes that they do not name replicate.
+      shape: Shape of the array, which the spec divides.
+    """
+    sizes = dict(axes)
+    entries = [_axes_of(entry) if size else [] for entry, size in zip(spec, shape, strict=False)]
+    entries += [[]] * (len(shape) - len(entries))
+    grid = tuple(math.prod(sizes[name] for name in names) for names in entries)
+    # How far the shard's number moves with one step along each axis of the mesh. Of the axes that cut one dimension
+    # the last one moves fastest.
+    steps = dict.fromkeys(sizes, 0)
+    for names, stride in zip(entries, _strides_of(grid), strict=True):
+        step = stride
+        for name in reversed(names):
+            steps[name] = step
+            step *= sizes[name]
+    shard_shape = tuple(size // count for size, count in zip(shape, grid, strict=True))
+    return shard_shape, grid, _number_devices(tuple(sizes.values()), tuple(steps.values()))
+
+
+@functools.lru_cache(maxsize=256)
+def _number_devices(sizes: tuple[int, ...], steps: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """For each device of a mesh, in C order, the sum of its places along the axes times their steps."""
+    numbers = np.zeros(sizes, np.int64)
+    for axis, (size, step) in enumerate(zip(sizes, steps, strict=True)):
+        numbers += (np.arange(size) * step).reshape(-1, *(1,) * (len(sizes) - 1 - axis))
+    return _read_only(numbers.reshape(-1))
+
+
+@functools.lru_cache(maxsize=64)
+def _processes_of(mesh: Mesh) -> np.ndarray[Any, Any]:
+    return _read_only(np.array([device.process_index for device in mesh.devices.flat], np.int32))
+
+
+def _strides_of(grid: tuple[int, ...]) -> list[int]:
+    return [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+
+
+def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    array.flags.writeable = False
+    return array
 
 
 def box_of(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
@@ -260,6 +359,6 @@ def _known_axes(entry: Any, mesh: Mesh) -> list[str]:
 
 
 def _axes_of(entry: Any) -> list[str]:
-    if entry is None:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return []
     return list(entry) if isinstance(entry, tuple) else [entry]

@@ -21,11 +21,11 @@ PACKAGE = pathlib.Path(jaxckpt.__file__).resolve().parent
 
 LEVELS = (
     ("_config", "_dtypes", "_errors", "_preemption", "_progress", "_schedule", "_shardings"),
-    ("_items", "_keys", "_terminal", "_retention", "_store"),
+    ("_items", "_keys", "_processes", "_retention", "_store", "_tables", "_terminal"),
     ("_manifest",),
-    ("_layout", "_matching", "_zarr"),
-    ("_commit", "_leaves", "_persist", "_resharding"),
-    ("_placement", "_reading", "_snapshot", "_steps"),
+    ("_layout", "_matching", "_parts", "_zarr"),
+    ("_commit", "_leaves", "_ownership", "_persist", "_resharding"),
+    ("_collective", "_placement", "_reading", "_snapshot", "_steps"),
     ("_inspect", "_restoring", "_saving"),
     ("_pending",),
     ("_checkpoint",),

@@ -20,7 +20,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxckpt
-from jaxckpt._manifest import OWN_OBJECT
+from jaxckpt._parts import ChunkIndex
+from jaxckpt._tables import OWN_OBJECT
 
 from .helpers import assert_same_leaf, make_mesh
 
@@ -136,7 +137,7 @@ def save_layout(layout: Callable[[], tuple[Any, jaxckpt.SaveOptions]], path: pat
     for leaf, key in enumerate(manifest.keys):
         for row in range(int(manifest.chunk_starts[leaf]), int(manifest.chunk_starts[leaf + 1])):
             start = int(manifest.chunks.offset[row])
-            chunks[manifest.object_of(leaf, row)[0]].append(
+            chunks[ChunkIndex(manifest).place(leaf, row).object].append(
                 (start, start + int(manifest.chunks.length[row]), key)
             )
     files = [file for file in path.rglob("*") if file.is_file()]

@@ -26,10 +26,12 @@ from jaxckpt._layout import (
     intersect,
     plan_writes,
 )
-from jaxckpt._manifest import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT, ChunkTable, LeafSpec, Manifest
+from jaxckpt._manifest import LeafSpec, Manifest
+from jaxckpt._parts import ChunkIndex
 from jaxckpt._resharding import ReadExecutor, ReadPlan, plan_reads
 from jaxckpt._shardings import Box, shrink_axes
 from jaxckpt._store import Buffer, ObjectWriter, Store
+from jaxckpt._tables import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT, ChunkTable
 
 SETTINGS = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
@@ -126,7 +128,7 @@ def simulate_write(cases: list[Case], plan: WritePlan) -> tuple[Manifest, dict[s
         objects=(),
     )
     names = [
-        manifest.pack_name(entry.index[0])
+        f"data-0/packs/0-{entry.index[0]}"
         if entry.leaf is None
         else f"data-0/arrays/{entry.leaf}/" + ".".join(["c", *map(str, entry.index)])
         for entry in plan.objects
@@ -136,8 +138,9 @@ def simulate_write(cases: list[Case], plan: WritePlan) -> tuple[Manifest, dict[s
     checksums = b""
     for leaf in range(len(cases)):
         for chunk in range(int(manifest.chunk_starts[leaf]), int(manifest.chunk_starts[leaf + 1])):
-            name, length = manifest.object_of(leaf, chunk)
-            assert len(stored[name]) == length
+            place = ChunkIndex(manifest).place(leaf, chunk)
+            name = place.object
+            assert len(stored[name]) == place.object_length
             start, count = int(plan.offset[chunk]), int(plan.length[chunk])
             for block in range(start, start + count, BLOCK_BYTES):
                 data = bytes(stored[name][block : min(block + BLOCK_BYTES, start + count)])
@@ -374,7 +377,7 @@ def test_every_element_is_written_once(written: list[Case], options: dict[str, A
             index = manifest.chunk_index(leaf, chunk)
             lo = tuple(map(int.__mul__, index, spec.chunk_shape))
             where = slices(lo, tuple(map(int.__add__, lo, spec.chunk_shape)))
-            name, _ = manifest.object_of(leaf, chunk)
+            name = ChunkIndex(manifest).place(leaf, chunk).object
             start = int(plan.offset[chunk])
             data = objects[name][start : start + spec.chunk_nbytes]
             copy[where] = np.frombuffer(data, case.array.dtype).reshape(spec.chunk_shape)
@@ -496,7 +499,7 @@ def test_from_any_sharding_to_any_other_every_element_is_read_once(
     for leaf, case in enumerate(written):
         grid = data.draw(divisor_grids(case.array.shape))
         wanted.append((leaf, list(dict.fromkeys(grid_boxes(case.array.shape, grid)))))
-    plan = plan_reads(manifest, wanted, unit_bytes)
+    plan = plan_reads(ChunkIndex(manifest), wanted, unit_bytes)
     check_read_plan(manifest, plan)
     store = read_all(manifest, objects, plan)
     check_destinations(written, plan)
@@ -512,7 +515,7 @@ def test_large_arrays_are_read_once_too(
 ):
     manifest, objects = simulate_write([case], plan_writes([case.extent], **options))
     grid = data.draw(divisor_grids(case.array.shape))
-    plan = plan_reads(manifest, [(0, grid_boxes(case.array.shape, grid))], unit_bytes)
+    plan = plan_reads(ChunkIndex(manifest), [(0, grid_boxes(case.array.shape, grid))], unit_bytes)
     check_read_plan(manifest, plan)
     store = read_all(manifest, objects, plan)
     check_destinations([case], plan)
@@ -527,7 +530,7 @@ def test_boxes_of_any_kind_are_filled(
 ):
     manifest, objects = simulate_write([case], plan_writes([case.extent], **options))
     boxes = data.draw(st.lists(boxes_in(case.array.shape), min_size=1, max_size=4))
-    plan = plan_reads(manifest, [(0, boxes)], unit_bytes)
+    plan = plan_reads(ChunkIndex(manifest), [(0, boxes)], unit_bytes)
     check_read_plan(manifest, plan)
     store = read_all(manifest, objects, plan)
     check_destinations([case], plan)
@@ -543,7 +546,7 @@ def test_a_part_of_a_large_array_needs_the_blocks_that_hold_it_only(
 ):
     manifest, objects = simulate_write([case], plan_writes([case.extent], **options))
     box = data.draw(boxes_in(case.array.shape))
-    plan = plan_reads(manifest, [(0, [box])], unit_bytes)
+    plan = plan_reads(ChunkIndex(manifest), [(0, [box])], unit_bytes)
     store = read_all(manifest, objects, plan)
     check_destinations([case], plan)
     spec = manifest.spec(0)
@@ -553,7 +556,7 @@ def test_a_part_of_a_large_array_needs_the_blocks_that_hold_it_only(
         lo = tuple(map(int.__mul__, manifest.chunk_index(0, chunk), spec.chunk_shape))
         bits = touched[slices(lo, tuple(map(int.__add__, lo, spec.chunk_shape)))].reshape(-1)
         per_block = BLOCK_BYTES // case.array.itemsize
-        name, _ = manifest.object_of(0, chunk)
+        name = ChunkIndex(manifest).place(0, chunk).object
         start, length = int(manifest.chunks.offset[chunk]), int(manifest.chunks.length[chunk])
         reads = store.reads[name][start : start + length]
         for block in range(-(-length // BLOCK_BYTES)):
@@ -566,7 +569,7 @@ def test_blocks_between_the_rows_of_a_box_are_not_read(unit_bytes: int):
     case = Case(make_array((4, 800_000), "float32", 1), (1, 1))
     options = {"chunk_bytes_max": 64 * MIB, "pack_bytes_max": MIB, "piece_bytes": 8 * MIB}
     manifest, objects = simulate_write([case], plan_writes([case.extent], **options))
-    plan = plan_reads(manifest, [(0, [((0, 10), (3, 20))])], unit_bytes)
+    plan = plan_reads(ChunkIndex(manifest), [(0, [((0, 10), (3, 20))])], unit_bytes)
     read_all(manifest, objects, plan)
     check_destinations([case], plan)
     assert plan.nbytes == 3 * BLOCK_BYTES

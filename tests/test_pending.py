@@ -331,8 +331,7 @@ def test_a_writer_that_gets_only_some_of_its_threads_ends_them(path: pathlib.Pat
             PieceWriter(
                 WatchedStore(path, lambda _what, _name: None),
                 plan,
-                [],
-                first_calls=[lambda: None] * 4,
+                call_count=4,
                 threads=4,
                 meter=ProgressMeter(0, "write"),
             )
