@@ -9,14 +9,17 @@ The modules, in the order in which to read them. Each imports only from those th
     _cli          the command ``jaxckpt``
     _callback     what a training loop calls: resume, save, stop
     _manager      a directory of numbered checkpoints
+    _resuming     which of them a run goes on from
     _checkpoint   the story: save, save_async, restore, open. Start here
     _inspect      describe, verify, diff
     _pending      a save in the background, and who learns that it failed
+    _exchange     which leaves a group of processes reads once and moves between devices
     _saving       one save from the tree to the commit
     _restoring    one restore from the manifest to the tree
     _collective   what processes tell each other so that all of them save one checkpoint, or none
     _reading      Checkpoint and StoredLeaf: an open checkpoint as NumPy arrays
     _placement    verified bytes on the host become leaves
+    _keeping      which numbered checkpoints count, and deleting those that no rule keeps
     _steps        which numbered checkpoints a directory holds; checkpoint.json
     _snapshot     device -> host, within a bound on host memory
     _persist      threads that checksum and write
@@ -30,6 +33,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _zarr         the zarr.json objects; pure
     _manifest     the records of the manifest, their encoding, parsing and validation; pure
     _tables       the tables of chunks, and whether they are possible; pure
+    _leader       process 0 decides for the managers of all processes
     _processes    the processes of a jax.distributed job: telling, agreeing, failing together
     _shardings    describing and rebuilding shardings
     _keys         pytree <-> {key: leaf} and the record of its structure

@@ -8,6 +8,10 @@
 
 It joins a `CheckpointManager`, a `Preemption` and functions to call before and after each save, so that loops of any
 framework need these four lines and nothing else.
+
+In a group of processes all of them make these calls at the same points, and must leave the loop after the same step.
+A save ends at another moment in each process. So there the listeners are told of it when the next save begins, which
+waits for it in all of them, and what the listeners of process 0 say about stopping is told to the others.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ class CheckpointCallback:
         in `on_start`.
       before_save: Each is called with ``(step, tree)`` right before a step is saved.
       after_save: Each is called with ``(step, CheckpointInfo)`` in the loop's thread, at the first call after the step
-        was committed, in the order of the steps. If one returns True, the loop is asked to stop.
+        was committed, in the order of the steps. If one returns True, the loop is asked to stop. In a group of
+        processes: when the next save begins, in all of them; the answers of process 0 count.
       preemption: Announces the end of the process. ``"auto"``: the manager's own, or else SIGTERM. None: nothing does.
 
     Example:
@@ -107,8 +112,12 @@ class CheckpointCallback:
           What `CheckpointManager.save` returns.
         """
         pending = self._manager.save(step, tree, metrics=metrics, items=self._items or None, force=force)
-        self._note(pending)
-        self._announce()
+        if self._manager.is_in_group:
+            self._announce_together(pending)
+            self._note(pending)
+        else:
+            self._note(pending)
+            self._announce()
         return pending
 
     @property
@@ -149,6 +158,14 @@ class CheckpointCallback:
         # With too little time for another save, the manager gives the one in flight, which is known already.
         if pending is not None and pending not in self._unannounced:
             self._unannounced.append(pending)
+
+    def _announce_together(self, begun: PendingSave | None) -> None:
+        """Tells the listeners of all processes of the saves that ended before this one began."""
+        if begun is None or begun in self._unannounced or not self._unannounced:
+            return
+        self._announce()
+        if self._after_save:
+            pass
 
     def _announce(self) -> None:
         """Tells the listeners of what was committed since the last call."""

@@ -13,6 +13,7 @@ back.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -24,7 +25,9 @@ from jax.sharding import Mesh, Sharding
 
 from ._collective import CollectiveRestore
 from ._config import RestoreOptions, SaveOptions, resolve_host_bytes_max
+from ._exchange import is_exchange_wanted, plan_exchange
 from ._items import check_items, load_items
+from ._manifest import local_directory
 from ._matching import Rename, Select
 from ._pending import PendingSave
 from ._placement import Target
@@ -42,6 +45,7 @@ from ._restoring import (
     restore_targets,
 )
 from ._saving import CheckpointInfo, SaveContext, SaveJob
+from ._store import Store, open_store
 
 _log = logging.getLogger("jaxckpt")
 
@@ -56,6 +60,7 @@ def save(
     overwrite: bool = False,
     items: Mapping[str, Any] | None = None,
     metadata: Any = None,
+    local: bool = False,
     options: SaveOptions | None = None,
 ) -> CheckpointInfo:
     """Writes a pytree to a new checkpoint and returns when it is durable.
@@ -73,6 +78,8 @@ def save(
         whose state of this moment is stored.
       metadata: Plain data (what msgpack takes: None, bool, int, float, str, bytes, lists, dicts with str keys)
         to keep beside the tree.
+      local: In a group of processes that share no storage: whether each keeps what its devices have, in
+        ``process-<index>`` below ``path``. Only as many processes on the same mesh can restore that.
       options: See `SaveOptions`.
 
     Returns:
@@ -82,7 +89,11 @@ def save(
       UnsupportedLeafError: A leaf cannot be stored; raised before any I/O, with the keys of all such leaves.
       ExistsError: A checkpoint is there and ``overwrite`` is False.
       WriteError: Storage refused a write. Nothing was committed.
+      CoordinationError: In a group, any of these or other failures of any process; raised in all of them.
+      ProcessMismatchError: In a group: the trees or arguments of the processes differ.
 
+    Collective: all processes of a group call it with the same tree and arguments. Each writes a part, and items and
+      values that it has for itself where they differ from those of process 0.
     Host memory: the packs under way, 64 MiB at most; large leaves in host memory are written without a copy.
     Blocks for: the whole write.
 
@@ -92,7 +103,9 @@ def save(
       7
     """
     context = SaveContext(metadata=metadata, items=items)
-    return SaveJob(path, tree, overwrite, context, options or SaveOptions(), is_blocking=True).run()
+    options = options or SaveOptions()
+    place = _place_of_save(path, local=local)
+    return SaveJob(place, tree, overwrite, context, options, is_blocking=True, is_local=local).run()
 
 
 def save_async(
@@ -102,6 +115,7 @@ def save_async(
     overwrite: bool = False,
     items: Mapping[str, Any] | None = None,
     metadata: Any = None,
+    local: bool = False,
     options: SaveOptions | None = None,
 ) -> PendingSave:
     """Takes a snapshot of a pytree, then writes it in the background.
@@ -115,6 +129,7 @@ def save_async(
       overwrite: As for `save`.
       items: As for `save`.
       metadata: As for `save`.
+      local: As for `save`.
       options: See `SaveOptions`; ``host_bytes_max`` bounds the snapshot.
 
     Returns:
@@ -123,7 +138,10 @@ def save_async(
     Raises:
       UnsupportedLeafError, ExistsError: As for `save`.
       WriteError: Writing failed while the snapshot waited for room.
+      CoordinationError, ProcessMismatchError: As for `save`; mostly raised by ``wait``, for the processes agree in the
+        background.
 
+    Collective: as for `save`.
     Host memory: the bytes of the tree, at most ``host_bytes_max`` at once.
     Blocks for: on accelerators the dispatch of one batched transfer; on CPU until the values are computed, and one
       copy of them. Longer when the snapshot has to wait for room.
@@ -136,7 +154,9 @@ def save_async(
     Source: the split into snapshot and persist follows CheckFreq (Mohan et al., FAST 2021).
     """
     context = SaveContext(metadata=metadata, items=items)
-    job = SaveJob(path, tree, overwrite, context, options or SaveOptions(), is_blocking=False)
+    options = options or SaveOptions()
+    place = _place_of_save(path, local=local)
+    job = SaveJob(place, tree, overwrite, context, options, is_blocking=False, is_local=local)
     pending = PendingSave(job.store.path)
     try:
         pending.start(job)
@@ -144,6 +164,14 @@ def save_async(
         pending.mark_seen()
         raise
     return pending
+
+
+def _place_of_save(path: Path, *, local: bool) -> Path | Store:
+    """Where this process saves; with ``local``, each process of a group has a directory of its own."""
+    group = current_group()
+    if group is None or not local:
+        return path
+    return open_store(path).child(local_directory(group.index))
 
 
 def open(path: Path) -> Checkpoint:
@@ -215,8 +243,10 @@ def restore(
       reshape: Whether arrays take the shape of ``like`` when it has equally many elements.
       items: By name, objects that get back the state that they had when they were saved, as the last thing that
         happens. Saved values are read from `Checkpoint.items`.
-      exchange: In a group of processes, whether each byte is read by one of them and moved to the others by XLA; see
-        Collective. None: when they would otherwise read more than 1.5 times the bytes of the leaves.
+      exchange: In a group of processes, whether leaves that several of them need are read once and moved between the
+        devices by XLA. None: when the processes would otherwise read more than 1.5 times the bytes of the leaves, and
+        each more than 8 MiB too much. Small leaves, and what is wanted as NumPy arrays or Python values, are read by
+        each process in any case.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 
@@ -233,8 +263,9 @@ def restore(
 
     Collective: in a group of processes all of them call it with the same arguments, unless ``like``, ``mesh`` or
       ``sharding`` say that everything is for devices of this process.
-    Host memory: on CPU the arrays themselves and a few MiB for each reading thread; on accelerators at most
-      ``host_bytes_max``, or one box of the largest array.
+    Host memory: on CPU the arrays themselves and a few MiB for each reading thread; on accelerators, and for what is
+      exchanged, at most ``host_bytes_max``, or one box of the largest array.
+    Device memory: the arrays themselves, and ``device_bytes_max`` for what is exchanged.
 
     Example:
       >>> _ = jaxckpt.save(tmp / "a", {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)})
@@ -321,9 +352,19 @@ def _restore_targets(
     processes = 1 if together is None else together.machine_mates
     host_bytes_max = resolve_host_bytes_max(options.host_bytes_max, processes)
     plan = plan_restore(checkpoint, targets, host_bytes_max, options.io_threads)
-    if together is not None:
-        together.begin(outline_restore(checkpoint, wanted, targets), plan.nbytes)
-    return restore_targets(checkpoint, plan, options.io_threads)
+    if together is None:
+        return restore_targets(checkpoint, plan, options.io_threads)
+    outline = outline_restore(checkpoint, wanted, targets)
+    outline = dataclasses.replace(outline, call=outline.call | {"exchange": exchange})
+    group_bytes = together.begin(outline, plan.nbytes)
+    if not is_exchange_wanted(checkpoint, plan, group_bytes, exchange):
+        return restore_targets(checkpoint, plan, options.io_threads, together.index)
+    moved = plan_exchange(checkpoint, plan, together, exchange, host_bytes_max, options.device_bytes_max)
+    if moved.numbers:
+        rest = {number: target for number, target in targets.items() if number not in moved.numbers}
+        plan = plan_restore(checkpoint, rest, host_bytes_max, options.io_threads)
+    restored = restore_targets(checkpoint, plan, options.io_threads, together.index)
+    return restored | moved.run(options.io_threads)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

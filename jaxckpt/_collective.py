@@ -46,13 +46,15 @@ from ._errors import (
 )
 from ._leaves import Template
 from ._manifest import PartEntry, StoredObject
+from ._own_leaves import OwnLeaves
 from ._processes import Group, Session
 from ._shardings import describe_sharding, format_sharding
 from ._store import Store
 from ._zarr import METADATA_NAME, group_metadata
 
-# How long process 0 waits, after a failure, for the others to stop writing before it deletes what was written.
-_SETTLE_S = 3.0
+# How long a process waits, after a failure, for its own threads to stop writing, and process 0 for those of the others:
+# with the second until the failure is heard of, all have raised it within five.
+SETTLE_S = 2.5
 _PROBLEMS_TOLD_MAX = 20
 
 
@@ -156,9 +158,29 @@ def refuse_differences(session: Session, doing: str, outline: Outline, different
     raise AssertionError("the processes differ, but nobody said so")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a process knows when an attempt has begun.
+
+    Attributes:
+      attempt: The attempt.
+      has_items: Whether this process has items to write that are not those of process 0.
+      own_leaves: The values of leaves that differ from those of process 0, to be written; or None.
+    """
+
+    attempt: Attempt
+    has_items: bool
+    own_leaves: bytes | None
+
+
 @final
 class CollectiveSave:
-    """One save of a group, as one of its processes sees it."""
+    """One save of a group, as one of its processes sees it.
+
+    Attributes:
+      session: What the processes say to each other.
+      attempt: What they write, as soon as this process has a part in it.
+    """
 
     def __init__(self, group: Group, doing: str, timeout_s: float, *, is_local: bool) -> None:
         """Takes the save's number; waits for nobody.
@@ -173,15 +195,19 @@ class CollectiveSave:
         self.index = group.index
         self.count = group.count
         self.is_local = is_local
+        self.attempt: Attempt | None = None
         self._doing = doing
 
     def begin(
-        self, store: Store, outline: Outline, items: bytes | None, *, may_overwrite: bool
-    ) -> tuple[Attempt, bool]:
-        """Begins the attempt in all processes.
-
-        Returns:
-          The attempt, and whether this process has items of its own to write.
+        self,
+        store: Store,
+        outline: Outline,
+        items: bytes | None,
+        own_leaves: OwnLeaves,
+        *,
+        may_overwrite: bool,
+    ) -> Beginning:
+        """Begins the attempt in all processes. Who fails must say so, and then `settle`.
 
         Raises:
           ProcessMismatchError: The outlines differ.
@@ -190,44 +216,41 @@ class CollectiveSave:
         """
         digest = xxhash.xxh3_128_digest(outline.encode())
         items_digest = xxhash.xxh3_128_digest(items or b"")
-        attempts: list[Attempt] = []
+        own_digests = b"" if self.is_local else own_leaves.digests()
+        own_digest = xxhash.xxh3_128_digest(own_digests)
 
-        def decide(digests: list[bytes]) -> bytes:
-            different = [process for process, other in enumerate(digests) if other != digest]
+        def decide(answers: list[bytes]) -> bytes:
+            different = [process for process, answer in enumerate(answers) if answer[:16] != digest]
             if different:
                 return bytes(msgpack.packb({"different": different}) or b"")
-            data = new_data_name()
+            told: dict[str, Any] = {"data": new_data_name(), "items": items_digest}
+            if not all(answer[16:] == own_digest for answer in answers):
+                told["own"] = own_digests
             if not self.is_local:
-                attempt = begin(store, may_overwrite=may_overwrite, data=data)
-                attempts.append(attempt)
+                self.attempt = begin(store, may_overwrite=may_overwrite, data=told["data"])
                 # The others look for it: it shows whether they see the same storage.
-                attempt.put_metadata(METADATA_NAME, group_metadata())
-            return bytes(msgpack.packb({"data": data, "items": items_digest}) or b"")
+                self.attempt.put_metadata(METADATA_NAME, group_metadata())
+            return bytes(msgpack.packb(told) or b"")
 
-        try:
-            told = msgpack.unpackb(self.session.agree("begin", digest, decide))
-            if "different" in told:
-                refuse_differences(self.session, self._doing, outline, told["different"])
-            if self.is_local:
-                attempt = begin(store, may_overwrite=may_overwrite, data=told["data"])
-                attempts.append(attempt)
-                attempt.put_metadata(METADATA_NAME, group_metadata())
-            elif self.index != 0:
-                attempts.append(join(store, told["data"]))
-        except BaseException as error:
-            failure = self.session.fail(error)
-            for attempt in attempts:
-                attempt.abandon()
-            raise failure from error
+        told = msgpack.unpackb(self.session.agree("begin", digest + own_digest, decide))
+        if "different" in told:
+            refuse_differences(self.session, self._doing, outline, told["different"])
+        if self.is_local:
+            self.attempt = begin(store, may_overwrite=may_overwrite, data=told["data"])
+            self.attempt.put_metadata(METADATA_NAME, group_metadata())
+        elif self.index != 0:
+            self.attempt = join(store, told["data"])
+        assert self.attempt is not None
+        own = own_leaves.encode_different(told["own"]) if "own" in told else None
         is_own = items is not None and (self.is_local or self.index == 0 or told["items"] != items_digest)
-        return attempts[0], is_own
+        return Beginning(self.attempt, is_own, own)
 
     def publish(
         self,
         entry: PartEntry | None,
         objects: Sequence[StoredObject],
         commit: Callable[[tuple[PartEntry, ...], tuple[StoredObject, ...]], int],
-        retract: Callable[[], None],
+        retract: Callable[[], object],
     ) -> int:
         """Commits when all that all processes wrote is durable.
 
@@ -267,7 +290,7 @@ class CollectiveSave:
         self,
         objects: Sequence[StoredObject],
         commit: Callable[[tuple[PartEntry, ...], tuple[StoredObject, ...]], int],
-        retract: Callable[[], None],
+        retract: Callable[[], object],
     ) -> int:
         self.session.agree("written", b"", lambda _: b"")
         is_published = False
@@ -282,9 +305,17 @@ class CollectiveSave:
             raise failure from error
         return manifest_bytes
 
-    def settle(self) -> None:
-        """After a failure: process 0 waits a moment for the others to write no more."""
-        self.session.settle(_SETTLE_S)
+    def settle(self, timeout_s: float, *, has_stopped: bool) -> None:
+        """After a failure: process 0 waits for the others, so that nobody writes where it then deletes.
+
+        Args:
+          timeout_s: Most seconds to wait.
+          has_stopped: Whether nothing of this process is still being written.
+        """
+        # Without an attempt there is nothing to delete, and other processes may come much later.
+        has_to = has_stopped if self.index != 0 else self.attempt is not None
+        if has_to and not self.is_local:
+            self.session.settle(timeout_s)
 
 
 @final

@@ -134,6 +134,10 @@ class Attempt:
             return parse_manifest(self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), self.store.path).data
         return None
 
+    def expect_commit(self) -> None:
+        """From here on another process may commit this attempt."""
+        self._is_publishing = True
+
     def is_committed(self) -> bool:
         """Whether the manifest names this attempt; also when that cannot be found out."""
         if not self._is_publishing:
@@ -207,6 +211,7 @@ def join(store: Store, data: str) -> Attempt:
             " and this process does not see it\n"
             "save to a file system that all processes share, or pass local=True: each process then keeps what it has"
         )
+    store.make_directory(data)  # from here on it is missed, and not made anew, if somebody deletes it
     return Attempt(store, data, False, is_guest=True)
 
 

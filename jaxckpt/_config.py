@@ -16,7 +16,7 @@ BLOCK_BYTES = MIB
 
 # Replicas share the writing of a shard if it can be cut into parts of this size. Smaller ones would cost more in the
 # tables of the chunks and in seeks than they win.
-SPLIT_BYTES_MIN = MIB
+SPLIT_BYTES_MIN = 128 << 10
 
 # What one write call carries. Several are in flight at a time, so that 8 MiB is far above the size at which
 # disks reach full speed and far below any memory budget. A multiple of BLOCK_BYTES.
@@ -75,11 +75,15 @@ class RestoreOptions:
     Attributes:
       host_bytes_max: Cap in bytes on host memory beyond the arrays that are returned. On accelerators a restore
         goes through the tree in waves of this size. The floor is 2 MiB. None: half of the machine's memory.
+      device_bytes_max: Most bytes that moving a leaf between processes (``exchange=``) may take on a device beyond
+        the leaf itself; a leaf that needs more is read by each process. None: a quarter of what is free on the
+        fullest device, and on CPU a device's share of ``host_bytes_max``. The least of all processes holds.
       io_threads: Threads that read and verify. Default 8, which reads a cold disk faster than 4.
       timeout_s: As for `SaveOptions`.
     """
 
     host_bytes_max: int | None = None
+    device_bytes_max: int | None = None
     io_threads: int = 8
     timeout_s: float = 600.0
 
@@ -88,6 +92,8 @@ class RestoreOptions:
         _require_at_least("timeout_s", self.timeout_s, 0)
         if self.host_bytes_max is not None:
             _require_at_least("host_bytes_max", self.host_bytes_max, 1)
+        if self.device_bytes_max is not None:
+            _require_at_least("device_bytes_max", self.device_bytes_max, 0)
 
 
 def resolve_host_bytes_max(host_bytes_max: int | None, processes: int = 1) -> int:

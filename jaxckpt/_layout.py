@@ -134,14 +134,17 @@ class WritePlan:
     nbytes: int
 
     @functools.cached_property
-    def segments_of_shard(self) -> dict[tuple[int, int], int]:
-        """How many segments each (leaf, shard) is written in, in the order in which they are first needed."""
-        counts: dict[tuple[int, int], int] = {}
+    def ranges_of_shard(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Byte ranges that are written of each (leaf, shard), in the order in which they are needed."""
+        ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for piece in self.pieces:
             for segment in piece.segments:
-                shard = (segment.leaf, segment.shard)
-                counts[shard] = counts.get(shard, 0) + 1
-        return counts
+                known = ranges.setdefault((segment.leaf, segment.shard), [])
+                if known and known[-1][1] == segment.lo:
+                    known[-1] = (known[-1][0], segment.hi)
+                else:
+                    known.append((segment.lo, segment.hi))
+        return ranges
 
 
 @functools.lru_cache(maxsize=4096)
@@ -408,6 +411,19 @@ class Run:
     lo: int
     hi: int
     box: Box
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Shape of the box."""
+        return tuple(stop - start for start, stop in zip(*self.box, strict=True))
+
+    def within(self, outer: Run) -> Run:
+        """This run of the box of another one as a run of what that box is cut from."""
+        lo, hi = (
+            tuple(place + start for place, start in zip(corner, outer.box[0], strict=True))
+            for corner in self.box
+        )
+        return Run(self.lo + outer.lo, self.hi + outer.lo, (lo, hi))
 
 
 def whole_run(shape: tuple[int, ...], itemsize: int) -> Run:

@@ -22,7 +22,7 @@ from ._dtypes import describe_dtype, stored_form
 from ._errors import Problem, UnsupportedLeafError, list_problems
 from ._layout import LeafExtent
 from ._manifest import RANK_MAX, LeafSpec, encode_value
-from ._shardings import ShardMap, box_of, map_shards
+from ._shardings import ShardMap, is_own_sharding, local_boxes, map_shards
 
 # Longer strings go to chunks, so that the manifest stays small.
 _INLINE_BYTES_MAX = 1 << 14
@@ -198,9 +198,9 @@ def _key_template(
 def _device_extent(shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding) -> LeafExtent:
     """Extent of a sharded array; of equal shards here the first in the order of the array's own shards is written."""
     owners: dict[tuple[int, ...], int] = {}
-    for number, index in enumerate(sharding.addressable_devices_indices_map(shape).values()):
-        owners.setdefault(box_of(index, shape)[0], number)
-    shards = None if sharding.is_fully_addressable else map_shards(sharding, shape)
+    for number, (_, box) in enumerate(local_boxes(sharding, shape)):
+        owners.setdefault(box[0], number)
+    shards = None if is_own_sharding(sharding) else map_shards(sharding, shape)
     return _extent(shape, dtype, sharding.shard_shape(shape), owners, shards)
 
 

@@ -7,6 +7,10 @@ of `Retention` decide which older steps go, and a background thread deletes them
     caller's thread      is it due? -> wait for the save in flight, or skip -> snapshot -> goes on
     background thread    write -> commit -> [the save is done] -> sweep, delete, checkpoint.json
 
+A call is decided (`_Decision`) and then carried out. In a group of processes, process 0 decides and tells the others
+(`_leader`), all carry it out, and process 0 alone deletes. A call that is not due, by the numbers of steps alone, needs
+no word. Nothing that happens in the background, at another time in each process, goes into what the others decide.
+
 Invariants:
 
 * The manager believes the directory alone: `steps` are the directories with a manifest, whoever wrote them.
@@ -14,18 +18,19 @@ Invariants:
 * Nothing is changed before the first `save`, so that any number of other processes may read with managers of their own.
 * What is being read is not deleted: a reader holds the manifest (`Hold`), and the deletion is tried again after the
   next save.
+* All processes of a group open the same sessions in the same order: each is opened where numbers of steps, earlier
+  decisions or the call itself say so, and nothing else.
 
-Deliberately not here: when to save (`_schedule`), what to keep (`_retention`), what is in the directory (`_steps`).
+Deliberately not here: when to save (`_schedule`), what to keep (`_retention`), what is in the directory (`_steps`), the
+deleting (`_keeping`), and which step to go on from (`_resuming`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import logging
-import operator
 import os
 import sys
 import threading
@@ -34,25 +39,27 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
-from ._checkpoint import restore
 from ._config import SaveOptions
 from ._errors import (
     CheckpointError,
-    CorruptError,
-    FormatError,
+    CoordinationError,
     NotFoundError,
-    Problem,
+    ProcessMismatchError,
     UnsupportedLeafError,
-    list_problems,
+    WriteError,
 )
-from ._manifest import MANIFEST_NAME
+from ._keeping import Keeper, checked_step
+from ._leader import Leader
+from ._manifest import MANIFEST_NAME, local_directory
 from ._pending import PendingSave, chain_of
 from ._preemption import Preemption
+from ._processes import current_group
 from ._reading import Checkpoint, open_checkpoint
-from ._retention import Best, Retention, Verdict, best_step, judge_steps
+from ._resuming import StepReader
+from ._retention import Best, Retention, Verdict, best_step
 from ._saving import CheckpointInfo, SaveContext, SaveJob, write_error
 from ._schedule import Schedule
-from ._steps import StepDirectory, StepRecord
+from ._steps import StepDirectory
 from ._store import Store, open_store
 from ._terminal import ProgressBar
 
@@ -65,6 +72,17 @@ _RETRIED = "its save failed before"
 _UNKNOWN = "unknown"  # in the place of a fingerprint
 # Reasons for which a save waits for the one in flight even where others are skipped.
 _URGENT = (_FORCED, _PREEMPTED, _LAST)
+
+# What becomes of a call.
+_NOT_DUE = "not due"
+_SAVED = "saved"  # by this manager
+_THERE = "there"  # from an earlier run
+_LATE = "late"  # no time is left for another save
+_BUSY = "busy"
+_SAVE = "save"
+
+# How long a signal may wait to be seen where process 0 tells of it.
+_PREEMPTION_QUIET_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,12 +117,41 @@ class _Call:
     metadata: Any
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Decision:
+    """What becomes of a call of `CheckpointManager.save`. In a group it is process 0 that decides.
+
+    Attributes:
+      action: One of the constants above.
+      step: The step that was decided on: in a group, what process 0 was called with.
+      reason: Why it is due.
+      name: Name of the directory that it is saved into; empty: to be looked for.
+      time_s: What time it is, in seconds since 1970, where processes keep manifests of their own.
+      is_preempted: Whether the end of the process is announced.
+      quiet_calls: For how many calls only numbers of steps count.
+    """
+
+    action: str
+    step: int
+    reason: str = ""
+    name: str = ""
+    time_s: float | None = None
+    is_preempted: bool = False
+    quiet_calls: int = 0
+
+
 @final
 class CheckpointManager:
     """A directory of numbered checkpoints, with rules for which steps to save and which to keep.
 
     Making one changes nothing on storage and reads nothing; the first `save` makes the directory and sweeps what
     crashed saves left there. One process may save into a directory; any number may read it.
+
+    In a group of processes every process makes a manager with the same arguments and calls `save`, `restore`, `resume`,
+    `prune`, `delete`, `pin`, `unpin`, `save_last` and `close` at the same points; it is made after
+    ``jax.distributed.initialize``. Process 0 decides what depends on clocks, metrics, signals or storage, and deletes.
+    When a process fails, its step fails in all with `CoordinationError`, and the next one is tried. What looks at the
+    directory only (`steps`, `open`, `watch`, ...) and `wait` is each process's own.
 
     Rules for saving. A step is due when any of these says so; with none, every step is.
 
@@ -135,7 +182,10 @@ class CheckpointManager:
       pinned: These steps stay; see also `pin`.
       prefix: What the names of the steps' directories begin with.
       width: Least number of digits in those names. Any width is read.
-      options: How a save is written.
+      local: In a group of processes that share no storage: each keeps what its devices have, in
+        ``process-<index>`` below ``directory``, which holds steps of its own. `restore` and `resume` take the newest
+        step that all of them have. The rules for keeping must not depend on what differs by process, as metrics may.
+      options: How a save is written, and how long the processes of a group wait for each other.
       on_event: Called with a `CheckpointEvent` for whatever happens, from several threads. What it raises is logged.
       progress: Whether to show a progress bar on stderr, if that is a terminal.
       monotonic_s: Clock for intervals and overhead, in seconds.
@@ -172,6 +222,7 @@ class CheckpointManager:
         pinned: Iterable[int] = (),
         prefix: str = "step_",
         width: int = 8,
+        local: bool = False,
         options: SaveOptions | None = None,
         on_event: Callable[[CheckpointEvent], None] | None = None,
         progress: bool = False,
@@ -180,7 +231,20 @@ class CheckpointManager:
     ) -> None:
         if if_busy not in ("wait", "skip"):
             raise ValueError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}")
-        self._directory = StepDirectory(open_store(directory), prefix, width)
+        self._options = options or SaveOptions()
+        store = open_store(directory)
+        group = current_group()
+        self._is_local = local and group is not None
+        if self._is_local and group is not None:
+            store = store.child(local_directory(group.index))
+        self._directory = StepDirectory(store, prefix, width)
+        self._leader = (
+            None if group is None else Leader(group, store.path, self._options.timeout_s, monotonic_s)
+        )
+        is_first = group is None or group.index == 0
+        self._is_first = is_first
+        # Whether this process deletes.
+        self._is_keeping = is_first or self._is_local
         self._schedule = Schedule(
             interval_steps=save_interval_steps,
             interval_s=save_interval_s,
@@ -200,14 +264,16 @@ class CheckpointManager:
         )
         self._saves_last = save_last
         self._skips_if_busy = if_busy == "skip"
-        self._options = options or SaveOptions()
         self._on_event = on_event
-        self._bar = ProgressBar(sys.stderr) if progress else None
+        self._keeper = Keeper(self._directory, self._retention, wall_s, self._tell)
+        self._reader = StepReader(
+            self._directory, self._keeper, self._leader, self._tell, is_local=self._is_local
+        )
+        self._bar = ProgressBar(sys.stderr) if progress and is_first else None
         self._monotonic_s = monotonic_s
         self._wall_s = wall_s
 
         self._is_closed = False
-        self._is_swept = False
         self._has_warned_of_metrics = False
         self._listeners: list[Callable[[int, Any], None]] = []
         # Of the thread that saves.
@@ -215,22 +281,16 @@ class CheckpointManager:
         self._unsaved: _Call | None = None
         self._pending: PendingSave | None = None
         self._pending_step = -1
+        self._attempted_step: int | None = None  # of the last save that was decided on
         self._is_preempted = False
         self._has_answered_preemption = False
         self._has_no_time_left = False  # for another save than the one in flight
         # Shared with background threads.
         self._lock = threading.Lock()
-        self._tidy_lock = threading.RLock()  # an observer of a deletion may pin and delete
         self._idle: list[PendingSave] = []  # done, but their threads may still delete
         self._failures: list[PendingSave] = []
-        self._last_step: int | None = None  # in flight or committed by this manager, or restored by it
-        self._failed_step: int | None = None
         self._fingerprint_before: Any = None  # of the step in flight, before its save
         self._last_info: CheckpointInfo | None = None
-        # Fingerprints of what counts as no step: what proved damaged, and what a failed save has put there, which may
-        # be gone when the machine fails.
-        self._damaged: dict[int, Any] = {}
-        self._doubtful: dict[int, Any] = {}
 
         self._preemption: Preemption | None = None
         if preemption is not None:
@@ -269,11 +329,19 @@ class CheckpointManager:
           On preemption with too little time for another save, the one in flight.
 
         Raises:
-          UnsupportedLeafError: As for `jaxckpt.save`.
+          UnsupportedLeafError: As for `jaxckpt.save`; in a group, `CoordinationError` with this as its cause.
+          ProcessMismatchError: In a group: the processes called this with different steps or trees, or called something
+            else. When that is found after this returned, ``wait`` of the result raises it.
           ValueError: The manager is closed.
 
+        Collective: all processes of a group, with the same step and equal trees. ``save_when`` and metrics count in
+          process 0 only.
         Host memory: as for `save_async`; the snapshots of all saves together stay within ``host_bytes_max``.
-        Blocks for: less than 20 microseconds when not due; else as `save_async`, after the save in flight.
+        Blocks for: less than 20 microseconds when not due; else as `save_async`, after the save in flight. In a group,
+          a due step waits for process 0 to come to it and to say so, a millisecond or more. So does a step that is not
+          due, always with ``save_when``, and now and then with a rule that looks at the clock (``save_interval_s``,
+          ``max_overhead``, a preemption without jax's service): at most once in 256 calls while there is time, and 2
+          log2(n) times in an interval of n calls; saves are late by a hundredth of the interval.
 
         Example:
           >>> manager = jaxckpt.CheckpointManager(tmp / "run", save_interval_steps=100)
@@ -282,76 +350,172 @@ class CheckpointManager:
           >>> manager.save(100, {"w": jnp.ones(3)}).wait().step
           100
         """
-        step = _checked_step(step)
+        step = checked_step(step)
         if self._is_closed:
             raise ValueError(f"the manager of {self._directory.path!r} is closed")
         self._has_seen_steps = True
-        reason = self._reason_to_save(step, metrics, force=force)
-        if reason is None:
+        decide: Callable[[], _Decision] | None = None
+        if self._leader is not None:
+            if self._is_word_needed(step, force=force):
+                decide = functools.partial(self._decide, step, metrics, force=force, overwrite=overwrite)
+        else:
+            self._look_for_preemption(step)
+            reason = self._reason_to_save(step, metrics, force=force)
+            if reason is not None:
+                decide = functools.partial(self._decide_due, step, reason, overwrite=overwrite)
+        if decide is None:
             self._unsaved = _Call(step, tree, metrics, items, metadata) if self._saves_last else None
             return None
-        return self._save_due(_Call(step, tree, metrics, items, metadata), reason, overwrite=overwrite)
+        return self._decide_and_act(_Call(step, tree, metrics, items, metadata), decide)
+
+    def _is_word_needed(self, step: int, *, force: bool) -> bool:
+        """Whether process 0 has to decide on this call; each process of a group finds the same."""
+        assert self._leader is not None
+        is_due = self._schedule.is_due_by_number(step)
+        is_quiet = self._leader.is_quiet()
+        has_question = self._schedule.has_open_question(step)
+        if self._preemption is not None and not self._is_preempted:
+            if self._preemption.is_agreed_by_jax:
+                self._look_for_preemption(step)
+            else:
+                has_question = True
+        # Whether the last save failed may be known in one process and not yet in another.
+        is_sure = is_due or force or step == self._attempted_step
+        is_sure |= self._is_preempted and not self._has_answered_preemption
+        return is_sure or (has_question and not is_quiet)
+
+    def _look_for_preemption(self, step: int) -> None:
+        if self._preemption is None or self._is_preempted:
+            return
+        if self._preemption.is_requested(step, is_for_all=self._leader is not None):
+            self._note_preempted(step)
+
+    def _note_preempted(self, step: int) -> None:
+        self._is_preempted = True
+        self._tell("preempted", step, f"the end of the process is announced; step {step} is saved")
 
     def _reason_to_save(self, step: int, metrics: Mapping[str, Any] | None, *, force: bool) -> str | None:
-        if self._preemption is not None and not self._is_preempted and self._preemption.is_requested(step):
-            self._is_preempted = True
-            self._tell("preempted", step, f"the end of the process is announced; step {step} is saved")
         if force:
             return _FORCED
         if self._is_preempted and not self._has_answered_preemption:
             return _PREEMPTED
-        if step == self._failed_step:
+        if step == self._keeper.failed_step:
             return _RETRIED
         return self._schedule.reason_to_save(step, metrics)
 
-    def _save_due(self, call: _Call, reason: str, *, overwrite: bool) -> PendingSave | None:
-        entered_s = self._monotonic_s()
-        step = call.step
-        if step == self._last_step and not overwrite:
-            self._has_answered_preemption |= self._is_preempted
-            self._unsaved = None
-            return None
+    def _decide(
+        self, step: int, metrics: Mapping[str, Any] | None, *, force: bool, overwrite: bool
+    ) -> _Decision:
+        """Whether the step is due, and what becomes of it; in process 0 of a group."""
+        assert self._leader is not None
+        quiet_s = self._schedule.quiet_s()
+        if self._preemption is not None and not self._preemption.is_agreed_by_jax:
+            self._look_for_preemption(step)
+            quiet_s = min(quiet_s, _PREEMPTION_QUIET_S)
+        reason = self._reason_to_save(step, metrics, force=force)
+        if reason is None:
+            return _Decision(_NOT_DUE, step, quiet_calls=self._leader.count_quiet_calls(quiet_s))
+        return self._decide_due(step, reason, overwrite=overwrite)
+
+    def _decide_due(self, step: int, reason: str, *, overwrite: bool) -> _Decision:
+        """What becomes of a step that is due.
+
+        Raises:
+          WriteError: Storage does not say what is there, and nothing is overwritten blindly.
+        """
+        if step == self._keeper.last_step and not overwrite:
+            return _Decision(_SAVED, step)
         in_flight = self._in_flight()
         if in_flight is not None and reason == _PREEMPTED and not self._has_time_for_another(in_flight):
+            return _Decision(_LATE, step)
+        if in_flight is not None and self._skips_if_busy and reason not in _URGENT:
+            return _Decision(_BUSY, step, reason)
+        name = ""
+        try:
+            if not overwrite and self._is_there_already(step):
+                return _Decision(_THERE, step)
+            if self._leader is not None and not self._is_local:
+                name = self._directory.store_of(step).name
+        except OSError as error:
+            store = self._directory.usual_store_of(step)
+            raise write_error(store, error, self._newest_good(), is_committed=False) from error
+        return _Decision(_SAVE, step, reason, name, self._wall_s() if self._is_local else None)
+
+    def _decide_and_act(self, call: _Call, decide: Callable[[], _Decision]) -> PendingSave | None:
+        entered_s = self._monotonic_s()
+        try:
+            decision = self._hear(decide)
+        except ProcessMismatchError:
+            raise
+        except (WriteError, CoordinationError) as error:
+            return self._fail_undecided(call.step, error)
+        return self._carry_out(call, decision, entered_s)
+
+    def _hear(self, decide: Callable[[], _Decision]) -> _Decision:
+        """What is decided, in a group by process 0."""
+        if self._leader is None:
+            return decide()
+
+        def decide_for_all() -> tuple[Any, ...]:
+            decision = decide()
+            return dataclasses.astuple(dataclasses.replace(decision, is_preempted=self._is_preempted))
+
+        decision = _Decision(*self._leader.tell("decide on saving into", decide_for_all))
+        self._leader.note_quiet_calls(decision.quiet_calls)
+        if decision.is_preempted and not self._is_preempted:
+            if self._preemption is not None:
+                self._preemption.request()
+            self._note_preempted(decision.step)
+        return decision
+
+    def _carry_out(self, call: _Call, decision: _Decision, entered_s: float) -> PendingSave | None:
+        step = call.step
+        if decision.action == _NOT_DUE:
+            self._unsaved = call if self._saves_last else None
+            return None
+        if decision.action == _LATE:
             self._has_answered_preemption = True
             self._has_no_time_left = True
             self._unsaved = call if self._saves_last else None
-            self._tell(
-                "skipped",
-                step,
-                f"step {step} is not saved: too little time is left, and step {self._pending_step} is on its way",
-            )
-            return in_flight
-        if in_flight is not None and self._skips_if_busy and reason not in _URGENT:
-            self._schedule.note_skipped(reason)
+            message = f"too little time is left, and step {self._pending_step} is on its way"
+            self._tell("skipped", step, f"step {step} is not saved: {message}")
+            return self._pending
+        if decision.action == _BUSY:
+            self._schedule.note_skipped(decision.reason)
             self._unsaved = call if self._saves_last else None
-            self._tell(
-                "skipped", step, f"step {step} is not saved: step {self._pending_step} is still on its way"
-            )
+            message = f"step {self._pending_step} is still on its way"
+            self._tell("skipped", step, f"step {step} is not saved: {message}")
+            return None
+        if decision.action in (_SAVED, _THERE):
+            if decision.action == _THERE:
+                self._note_there(decision.step)
+            self._has_answered_preemption |= self._is_preempted
+            self._unsaved = None
             return None
         waited_s = 0.0
+        in_flight = self._in_flight()
         if in_flight is not None:
             in_flight.wait_done()
             waited_s = self._monotonic_s() - entered_s
             self._tell("waited", step, f"step {step} waited {waited_s:.3f} s for step {self._pending_step}")
-        try:
-            is_there = not overwrite and self._is_there_already(step)
-        except OSError as error:
-            return self._fail_to_look(step, error)
-        if is_there:
-            self._has_answered_preemption |= self._is_preempted
-            self._unsaved = None
-            return None
-        return self._start(call, reason, waited_s, entered_s)
+        return self._start(call, decision, waited_s, entered_s)
 
-    def _start(self, call: _Call, reason: str, waited_s: float, entered_s: float) -> PendingSave:
+    def _start(self, call: _Call, decision: _Decision, waited_s: float, entered_s: float) -> PendingSave:
+        if (self._leader and self._leader.group) is not current_group():
+            raise RuntimeError(
+                "jax.distributed was initialised or shut down since the manager was made\n"
+                "make the manager after jax.distributed.initialize, and close it before the shutdown"
+            )
         step = call.step
+        # A process that was called with another step saves that one, and the save itself finds out that they differ.
+        is_same = step == decision.step
+        time_s = decision.time_s
         began_s = time.perf_counter()
         self._warn_of_missing_metrics(call)
         for listener in self._listeners:
             listener(step, call.tree)
-        if not self._is_swept:
-            self._sweep_once()
+        if self._is_keeping:
+            self._keeper.sweep_once()
         context = SaveContext(
             metadata=call.metadata,
             items=call.items,
@@ -359,24 +523,34 @@ class CheckpointManager:
             step=step,
             began_s=began_s,
             waited_s=waited_s,
-            wall_s=self._wall_s,
+            wall_s=self._wall_s if time_s is None else lambda: time_s,
             newest_good=self._newest_good,
             on_progress=None if self._bar is None else self._bar.show,
         )
-        store = self._directory.begin(step)
+        store = self._directory.begin(step, decision.name if is_same else "")
         self._fingerprint_before = _UNKNOWN
         with contextlib.suppress(OSError):  # the save will meet it, too
             self._fingerprint_before = store.fingerprint(MANIFEST_NAME)
         pending = PendingSave(
-            store.path, functools.partial(self._on_end, step), functools.partial(self._tidy, step)
+            store.path,
+            functools.partial(self._on_end, step),
+            functools.partial(self._keeper.tidy, step) if self._is_keeping else None,
         )
-        self._tell("saving", step, f"saving step {step}: {reason}")
-        with self._lock:
-            self._last_step = step
-        self._schedule.note_saved(step)
+        self._tell("saving", step, f"saving step {step}: {decision.reason}")
+        self._keeper.note_last(step)
+        self._attempted_step = decision.step
+        self._schedule.note_saved(decision.step)
         job: SaveJob | None = None
         try:
-            job = SaveJob(store, call.tree, True, context, self._options, is_blocking=False)
+            job = SaveJob(
+                store,
+                call.tree,
+                True,
+                context,
+                self._options,
+                is_blocking=False,
+                is_local=self._is_local,
+            )
             self._pending, self._pending_step = pending, step
             self._idle = [old for old in self._idle if old.is_busy()]
             self._idle.append(pending)
@@ -384,11 +558,8 @@ class CheckpointManager:
         except BaseException as error:  # an interrupt, too
             if not pending.done() and job is not None:
                 job.abandon(error)
-            is_of_the_caller = not isinstance(error, CheckpointError) or isinstance(
-                error, UnsupportedLeafError
-            )
-            if is_of_the_caller:
-                self._forget(pending)
+            if _is_of_the_caller(error):
+                self._forget(pending, step)
                 raise
             if not pending.done():
                 pending.fail(error)
@@ -401,22 +572,24 @@ class CheckpointManager:
         self._has_answered_preemption |= self._is_preempted
         return pending
 
-    def _fail_to_look(self, step: int, error: OSError) -> PendingSave:
-        """Storage does not say what is there: nothing is overwritten blindly, and the loop goes on."""
-        store = self._directory.usual_store_of(step)
-        failure = write_error(store, error, self._newest_good(), is_committed=False)
-        failure.__cause__ = error
+    def _fail_undecided(self, step: int, failure: CheckpointError) -> PendingSave:
+        """It was not found out what shall become of the step: it is given up, and the loop goes on."""
+        self._attempted_step = step
         self._schedule.note_resumed(step)
         self._unsaved = None
         self._has_answered_preemption |= self._is_preempted
-        pending = PendingSave(store.path, functools.partial(self._on_end, step))
+        pending = PendingSave(
+            self._directory.usual_store_of(step).path, functools.partial(self._on_end, step)
+        )
         pending.fail(failure)
+        for link in chain_of(failure):
+            link.__traceback__ = None
         return pending
 
     def _warn_of_missing_metrics(self, call: _Call) -> None:
         """A typo in ``best=`` would have the best steps deleted in silence; said once."""
         missing = [best.metric for best in self._retention.best if best.metric not in (call.metrics or {})]
-        if missing and not self._has_warned_of_metrics:
+        if missing and self._is_first and not self._has_warned_of_metrics:
             self._has_warned_of_metrics = True
             _log.warning(
                 "step %d has no metric %s, by which best= shall keep steps",
@@ -424,15 +597,18 @@ class CheckpointManager:
                 ", ".join(map(repr, missing)),
             )
 
-    def _forget(self, pending: PendingSave) -> None:
+    def _forget(self, pending: PendingSave, step: int) -> None:
         """The caller's mistake, or an interrupt, ended a save: it is raised there, and nowhere else."""
         self._directory.end()
-        self._schedule.note_given_up()
+        if self._leader is None:
+            self._schedule.note_given_up()
+        else:  # the others' schedules know of no mistake
+            self._keeper.note_failed(step)
         pending.mark_seen()
         if self._pending is pending:
             self._pending = None
+        self._keeper.note_last(None)
         with self._lock:
-            self._last_step = None
             self._failures = [failed for failed in self._failures if failed is not pending]
 
     def _in_flight(self) -> PendingSave | None:
@@ -450,29 +626,22 @@ class CheckpointManager:
         return rest_s + one_save_s <= remaining_s
 
     def _is_there_already(self, step: int) -> bool:
-        """Whether a step is committed; says so, for it is another run's."""
+        """Whether a step is committed that this manager did not save."""
         fingerprint = self._directory.fingerprint_of(step)
-        if fingerprint is None or self._damaged.get(step) == fingerprint:
+        if fingerprint is None or self._keeper.is_damaged(step):
             return False
-        if step == self._failed_step == self._pending_step:
-            return False  # this manager wrote it, and it may not be durable
+        # If so, this manager wrote it, and it may not be durable.
+        return not step == self._keeper.failed_step == self._pending_step
+
+    def _note_there(self, step: int) -> None:
         self._schedule.note_resumed(step)
         message = (
             f"step {step} is not saved: it is in {self._directory.path!r} already, from an earlier run\n"
             "resume from the newest step, delete that one, or pass overwrite=True"
         )
-        _log.warning("%s", message)
+        if self._is_first:
+            _log.warning("%s", message)
         self._tell("skipped", step, message)
-        return True
-
-    def _sweep_once(self) -> None:
-        """Makes room before the first save, for a crash may have filled the disk."""
-        self._is_swept = True
-        try:
-            self._directory.sweep_all()
-        except OSError as error:
-            self._is_swept = False
-            _log.warning("cannot sweep %r: %s", self._directory.path, error)
 
     def _newest_good(self) -> str:
         try:
@@ -490,22 +659,17 @@ class CheckpointManager:
         late = None if failure is None else self._late_fingerprint(step)
         with self._lock:
             if failure is not None:
-                if late is not None:
-                    self._doubtful[step] = late
                 # Who has seen one may have left frames in it.
                 self._failures = [older for older in self._failures if older.is_unseen()] + [pending]
-                self._failed_step = step
-                self._is_swept = False  # storage that refuses to write may refuse to delete, too
-                if self._last_step == step:
-                    self._last_step = None
             else:
                 self._last_info = pending.info
-                self._failed_step = None
-                self._damaged.pop(step, None)
-                self._doubtful.pop(step, None)
                 for older in self._failures:
                     older.mark_seen()  # made up for: the program's exit status stays
                 del self._failures[:-1]  # of many failures the last one is told
+        if failure is not None:
+            self._keeper.note_failed(step, late)
+        else:
+            self._keeper.note_saved(step)
         if failure is not None:
             self._tell("failed", step, f"step {step} is not saved: {failure}", error=failure)
         elif pending.info is not None:
@@ -519,30 +683,6 @@ class CheckpointManager:
             return None
         is_changed = self._fingerprint_before not in (_UNKNOWN, fingerprint)
         return fingerprint if is_changed else None
-
-    def _tidy(self, step: int) -> None:
-        """Called in the background after a save of this step, while nobody waits."""
-        with self._tidy_lock:
-            try:
-                self._directory.sweep()
-                # What was replaced may have been too damaged to be removed, or in use.
-                self._directory.sweep_step(step)
-            except OSError as error:
-                self._is_swept = False
-                _log.warning("cannot sweep %r: %s", self._directory.path, error)
-            try:
-                self._delete_old()
-            except OSError as error:
-                _log.warning("cannot look for old steps in %r: %s", self._directory.path, error)
-            self._write_cache()
-
-    def _write_cache(self) -> None:
-        """Nothing depends on it, so that nothing fails with it."""
-        try:
-            self._directory.write_cache()
-        except OSError as error:
-            self._is_swept = False
-            _log.warning("cannot write checkpoint.json in %r: %s", self._directory.path, error)
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
@@ -566,18 +706,15 @@ class CheckpointManager:
           step 2 stays: every 2 steps
           step 3 stays: the newest step; one of the newest 1
         """
-        records = self._directory.records()
-        verdicts = {verdict.step: verdict for verdict in self._judge(records)}
-        for step in self._directory.committed():
-            if step not in verdicts:
-                verdicts[step] = Verdict(step, True, ("it cannot be read, and is left alone",))
-        return [verdicts[step] for step in sorted(verdicts)]
+        return self._keeper.explain()
 
     def prune(self) -> list[int]:
         """Deletes the steps that no rule keeps, without saving.
 
         Returns:
           The steps that were deleted. Those that somebody reads, and the one that training goes on from, stay.
+
+        Collective: all processes of a group. Process 0 deletes.
 
         Example:
           >>> with jaxckpt.CheckpointManager(tmp / "run", max_to_keep=None) as manager:
@@ -587,15 +724,7 @@ class CheckpointManager:
           [0, 1, 2]
         """
         self._wait_until_done()
-        with self._tidy_lock:
-            newest = self.latest_step()
-            if newest is not None:
-                # Another process may have renamed its manifest without having synced the directory yet.
-                self._directory.store_of(newest).confirm()
-            deleted = self._delete_old()
-            if deleted:
-                self._write_cache()
-        return deleted
+        return list(self._in_first("prune", self._keeper.prune))
 
     def delete(self, step: int) -> None:
         """Deletes a step, whatever the rules say.
@@ -603,20 +732,12 @@ class CheckpointManager:
         Raises:
           NotFoundError: There is no such step.
           CheckpointError: Somebody is reading it.
+
+        Collective: all processes of a group. Process 0 deletes.
         """
         self._wait_until_done()
-        with self._tidy_lock:
-            self._require(step)
-            if not self._directory.delete(step):
-                raise CheckpointError(
-                    f"step {step} of {self._directory.path!r} is being read\ntry again later"
-                )
-            self._write_cache()
-        with self._lock:
-            self._damaged.pop(step, None)
-            self._doubtful.pop(step, None)
-            if self._last_step == step:
-                self._last_step = None
+        self._in_first("delete from", functools.partial(self._keeper.delete, step))
+        self._keeper.note_deleted(step)
         self._tell("deleted", step, f"deleted step {step}: asked for")
 
     def pin(self, step: int) -> None:
@@ -624,56 +745,29 @@ class CheckpointManager:
 
         Raises:
           NotFoundError: There is no such step.
+
+        Collective: all processes of a group.
         """
-        with self._tidy_lock:  # not between the judgement of a step and its deletion
-            self._require(step)
-            self._directory.pin(step)
+        self._in_first("pin in", functools.partial(self._keeper.pin, step))
 
     def unpin(self, step: int) -> None:
-        """Takes the mark of `pin` away."""
-        with self._tidy_lock:
-            self._require(step)
-            self._directory.unpin(step)
+        """Takes the mark of `pin` away.
 
-    def _judge(self, records: list[StepRecord]) -> list[Verdict]:
-        whole = [record for record in records if not self._is_damaged(record.step)]
-        policy = dataclasses.replace(
-            self._retention, pinned=self._retention.pinned | self._directory.pinned(whole)
-        )
-        return judge_steps(
-            [record.step for record in whole],
-            [record.created_s for record in whole],
-            [record.metrics for record in whole],
-            policy,
-            self._wall_s(),
-        )
+        Collective: all processes of a group.
+        """
+        self._in_first("unpin in", functools.partial(self._keeper.unpin, step))
 
-    def _delete_old(self) -> list[int]:
-        """Deletes what no rule keeps; what cannot be deleted is tried again after the next save."""
-        deleted: list[int] = []
-        records = self._directory.records()
-        # What the save in flight, or one that failed late, has put there may not be durable: it makes no step an old
-        # one. It is asked for after the records, so that a step that is in them and not unsure is durable.
-        unsure = self._directory.busy
-        with self._lock:
-            failed = self._failed_step
-        durable = [record for record in records if record.name != unsure and record.step != failed]
-        for verdict in self._judge(durable):
-            step = verdict.step
-            # Clocks of several machines may disagree about what was committed last; this process knows what it was.
-            if verdict.is_kept or step == self._last_step:
-                continue
-            try:
-                is_deleted = self._directory.delete(step)
-            except OSError as error:
-                _log.warning("cannot delete step %d of %r: %s", step, self._directory.path, error)
-                continue
-            if is_deleted:
-                deleted.append(step)
-                self._tell("deleted", step, f"deleted step {step}: {'; '.join(verdict.reasons)}")
-            else:
-                self._tell("in use", step, f"step {step} is being read, and deleted later")
-        return deleted
+    def _in_first(self, doing: str, act: Callable[[], Any]) -> Any:
+        """Calls something in the process that keeps the directory, while the others wait for its result."""
+        if self._leader is None:
+            return act()
+        if not self._is_local:
+            # All have come this far: what one of them reads in this thread is not deleted under it.
+            return self._leader.agree(doing, None, lambda _: act())
+        with self._leader.session(doing, (CheckpointError, NotFoundError)) as session:
+            result = act()
+            session.agree("done", b"", lambda _: b"")
+        return result
 
     # --- what is there ----------------------------------------------------------------------------------------
 
@@ -683,11 +777,11 @@ class CheckpointManager:
         Those that `restore` found damaged are left out, and one whose save failed at the very last sync: it is there,
         but may be gone when the machine fails.
         """
-        return [step for step in self._directory.committed() if not self._is_left_out(step)]
+        return self._keeper.steps()
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
-        return max(self.steps(), default=None)
+        return self._keeper.latest_step()
 
     def best_step(self, best: Best | None = None) -> int | None:
         """The best committed step by a metric; by default that of the first rule ``best=``.
@@ -699,7 +793,7 @@ class CheckpointManager:
             if not self._retention.best:
                 raise ValueError("the manager has no rule for the best step: pass best=jaxckpt.Best(...)")
             best = self._retention.best[0]
-        records = [record for record in self._directory.records() if not self._is_left_out(record.step)]
+        records = self._keeper.records()
         return best_step([record.step for record in records], [record.metrics for record in records], best)
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -716,7 +810,7 @@ class CheckpointManager:
         Raises:
           NotFoundError: There is no such step.
         """
-        return self._require(step).path
+        return self._keeper.require(step).path
 
     def open(self, step: int | None = None) -> Checkpoint:
         """Opens a step as `jaxckpt.open` does, by default the newest.
@@ -726,7 +820,7 @@ class CheckpointManager:
           FormatError: Its manifest is damaged, or needs a newer version.
         """
         if step is not None:
-            return open_checkpoint(self._require(step))
+            return open_checkpoint(self._keeper.require(step))
         newest = self.latest_step()
         while newest is not None:
             try:
@@ -741,26 +835,6 @@ class CheckpointManager:
     def directory(self) -> str:
         """Where the steps are."""
         return self._directory.path
-
-    def _require(self, step: int) -> Store:
-        """Where a step is, which must be committed."""
-        step = _checked_step(step)
-        if self._directory.fingerprint_of(step) is None:
-            steps = self.steps()
-            there = f"it has {', '.join(map(str, steps[-10:]))}" if steps else "nothing is committed there"
-            raise NotFoundError(f"there is no step {step} in {self._directory.path!r}: {there}")
-        return self._directory.store_of(step)
-
-    def _is_damaged(self, step: int) -> bool:
-        fingerprint = self._damaged.get(step)
-        return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
-
-    def _is_doubtful(self, step: int) -> bool:
-        fingerprint = self._doubtful.get(step)
-        return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
-
-    def _is_left_out(self, step: int) -> bool:
-        return self._is_doubtful(step) or self._is_damaged(step)
 
     # --- restoring --------------------------------------------------------------------------------------------
 
@@ -787,6 +861,10 @@ class CheckpointManager:
           CorruptError: The step is damaged, or all are.
           FormatError: Its manifest is damaged or needs a newer version.
           MismatchError: The tree and ``like`` differ.
+          CoordinationError: In a group: as for `jaxckpt.restore`.
+
+        Collective: all processes of a group, even where `jaxckpt.restore` would not be. They restore one step, which
+          process 0 chooses; what one of them finds damaged is passed over by all.
 
         Example:
           >>> manager = jaxckpt.CheckpointManager(tmp / "run")
@@ -812,6 +890,8 @@ class CheckpointManager:
           CorruptError: There are steps, and all of them are damaged.
           MismatchError: The tree and ``like`` differ.
 
+        Collective: as for `restore`.
+
         Example:
           >>> manager = jaxckpt.CheckpointManager(tmp / "run")
           >>> step, state = manager.resume() or (0, {"w": jnp.zeros(2)})
@@ -819,7 +899,7 @@ class CheckpointManager:
           0
         """
         self._wait_until_done()
-        if all(self._is_doubtful(step) for step in self._directory.committed()):
+        if self._reader.has_nothing():
             return None
         step, tree = self._restore(None, like, fallback, keywords)
         self._begin_from(step)
@@ -829,54 +909,21 @@ class CheckpointManager:
         self, step: int | None, like: Any, fallback: bool, keywords: dict[str, Any]
     ) -> tuple[int, Any]:
         self._wait_until_done()
-        if step is not None:
-            return step, self._restore_step(step, like, keywords)
-        damage: list[Problem] = []
-        cause: CheckpointError | None = None
-        tried: set[int] = set()
-        # Listed anew each time: a quick trainer deletes a step before it is read, and then younger ones are there.
-        while candidates := [candidate for candidate in self.steps() if candidate not in tried]:
-            candidate = candidates[-1]
-            tried.add(candidate)
-            fingerprint = self._directory.fingerprint_of(candidate)
-            try:
-                return candidate, self._restore_step(candidate, like, keywords)
-            except NotFoundError:  # deleted since it was listed
-                continue
-            except CheckpointError as error:
-                if not _is_damage(error) or not fallback:
-                    raise
-                cause = cause or error
-                damage.extend(error.problems)
-                with self._lock:
-                    self._damaged[candidate] = fingerprint
-                _log.error("step %d is damaged, the one before it is tried: %s", candidate, error)
-                self._tell("damaged", candidate, f"step {candidate} is damaged: {error}", error=error)
-        if cause is None and all(self._is_doubtful(step) for step in self._directory.committed()):
-            raise NotFoundError(f"no step is committed in {self._directory.path!r}")
-        if cause is None and self.steps():
-            raise NotFoundError(f"the steps in {self._directory.path!r} are being deleted")
-        headline = f"every step in {self._directory.path!r} is damaged"
-        raise CorruptError(list_problems(headline, damage), damage) from cause
-
-    def _restore_step(self, step: int, like: Any, keywords: dict[str, Any]) -> Any:
-        step = _checked_step(step)
-        checkpoint = open_checkpoint(self._require(step))
-        try:
-            tree = restore(checkpoint, like, **keywords)
-        finally:
-            checkpoint.release()  # not when the last traceback of an error is gone
+        if step is None:
+            step, tree = self._reader.read_newest(like, keywords, fallback=fallback)
+        else:
+            step = checked_step(step)
+            tree = self._reader.read(step, like, keywords)
         if not self._has_seen_steps:
             self._begin_from(step)
         self._tell("restored", step, f"restored step {step}")
-        return tree
+        return step, tree
 
     def _begin_from(self, step: int) -> None:
         """Training goes on from a step that is on storage."""
         self._unsaved = None
         self._schedule.note_resumed(step)
-        with self._lock:
-            self._last_step = step
+        self._keeper.note_last(step)
 
     def watch(
         self, *, timeout_s: float | None = None, poll_s: float = 1.0, after: int | None = None
@@ -957,6 +1004,8 @@ class CheckpointManager:
 
         Raises:
           CheckpointError: A save failed, and neither `wait` nor `PendingSave.wait` has raised that yet.
+
+        Collective: all processes of a group.
         """
         if self._is_closed:
             return
@@ -973,19 +1022,29 @@ class CheckpointManager:
 
         Returns:
           The save, or None: that step is saved or was donated, or the manager was made with ``save_last=False``.
+
+        Collective: all processes of a group.
         """
         call, self._unsaved = self._unsaved, None
-        if call is None or not self._saves_last or call.step == self._last_step:
+        if call is None or not self._saves_last:
             return None
+        pending = self._decide_and_act(call, functools.partial(self._decide_last, call))
+        self._unsaved = None
+        return pending
+
+    def _decide_last(self, call: _Call) -> _Decision:
+        if call.step == self._keeper.last_step:
+            return _Decision(_NOT_DUE, call.step)
         in_flight = self._in_flight()
         if self._has_no_time_left and in_flight is not None:
             in_flight.wait_done()
-        if self._has_no_time_left and self._failed_step is None:
-            return None  # there was no time for this step, and the one on its way arrived
+        if self._has_no_time_left and self._keeper.failed_step is None:
+            # There was no time for this step, and the one on its way arrived.
+            return _Decision(_NOT_DUE, call.step)
         if _is_gone(call.tree):
             _log.warning("step %d, the last one, is not saved: its arrays were donated since", call.step)
-            return None
-        return self._save_due(call, _LAST, overwrite=False)
+            return _Decision(_NOT_DUE, call.step)
+        return self._decide_due(call.step, _LAST, overwrite=False)
 
     def _end(self) -> None:
         try:
@@ -1028,6 +1087,8 @@ class CheckpointManager:
             return
         # Whatever ended the loop is what the caller must see. The tree may be half a step: it is not saved.
         self._unsaved = None
+        if self._leader is not None and not self._is_closed:
+            self._leader.leave(error)  # the others may wait for this process
         self._end()
 
     # --- preemption and events --------------------------------------------------------------------------------
@@ -1046,6 +1107,18 @@ class CheckpointManager:
     def add_listener(self, listener: Callable[[int, Any], None]) -> None:
         """Calls ``listener(step, tree)`` right before each save, in the thread that saves."""
         self._listeners.append(listener)
+
+    @property
+    def is_in_group(self) -> bool:
+        """Whether there are other processes, whose managers do the same."""
+        return self._leader is not None
+
+    def hear_first(self, answer: bool) -> bool:
+        """What process 0 answers; alone, what this process does.
+
+        Collective: all processes of a group.
+        """
+        return answer if self._leader is None else bool(self._leader.tell("answer for", lambda: answer))
 
     @property
     def preemption(self) -> Preemption | None:
@@ -1075,25 +1148,15 @@ class CheckpointManager:
             _log.exception("on_event failed for %r of step %d", kind, step)
 
 
-def _checked_step(step: Any) -> int:
-    if isinstance(step, bool):
-        raise TypeError(f"step must be an int, not {step!r}")
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise TypeError(f"step must be an int, not {step!r:.100}") from None
-    if not 0 <= number < 10**18:
-        raise ValueError(f"step must be at least 0 and below 10**18, not {number}")
-    return number
-
-
-def _is_damage(error: CheckpointError) -> bool:
-    """Whether an error means that what is stored is not what was written."""
-    if isinstance(error, FormatError):
-        return not any(problem.kind == "version" for problem in error.problems)
-    if isinstance(error, CorruptError):
-        return any(problem.kind != "unreadable" for problem in error.problems)
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO
+def _is_of_the_caller(error: BaseException) -> bool:
+    """Whether a save failed by a mistake in the call, or was interrupted; not because storage or a process failed."""
+    if isinstance(error, (UnsupportedLeafError, ProcessMismatchError)):
+        return True
+    cause = error.__cause__
+    if isinstance(error, CoordinationError) and error.failures and cause is not None:
+        # What this process made of its own error when it told the others.
+        return not isinstance(cause, (OSError, CoordinationError)) and _is_of_the_caller(cause)
+    return not isinstance(error, CheckpointError)
 
 
 def _is_gone(tree: Any) -> bool:

@@ -47,6 +47,7 @@ LOCAL_FEATURE = "local"
 MANIFEST_NAME = "manifest.msgpack"
 ITEMS_DIRECTORY = "items"  # below the data directory, with one object for each process
 PARTS_DIRECTORY = "parts"
+OWN_DIRECTORY = "own"  # leaves in which a process has another value than process 0
 PROCESSES_MAX = 65_535
 ABSENT = 65_535  # in the place of an owner: another process keeps the chunk, in a directory of its own
 MANIFEST_BYTES_MAX = (1 << 32) + 64  # msgpack has no longer payload, and the rest of the frame is shorter
@@ -208,13 +209,44 @@ class Manifest:
         """``int64[leaves]``: how many chunks of each leaf a process owns."""
         if not self.owners:
             return np.diff(self.chunk_starts)
-        owned = [int(np.count_nonzero(column == process)) for column in self.owners]
-        return np.array([*owned, 0], np.int64)[self.owner_index]  # -1 is the last one
+        bounds = np.searchsorted(self._owned(process), self._owner_starts)
+        return np.append(np.diff(bounds), 0)[self.owner_index]  # -1 is the last one
+
+    def owned_in(self, column: int, process: int) -> np.ndarray[Any, Any]:
+        """Places in a column of owners that are a process's, ascending."""
+        owned = self._owned(process)
+        first, last = np.searchsorted(owned, self._owner_starts[column : column + 2])
+        return owned[first:last] - self._owner_starts[column]
+
+    def _owned(self, process: int) -> np.ndarray[Any, Any]:
+        """Places of a process in all columns of owners, one after the other."""
+        order, starts = self._places_by_owner
+        return order[starts[process] : starts[process + 1]]
+
+    @functools.cached_property
+    def _owner_starts(self) -> np.ndarray[Any, Any]:
+        """``int64[columns + 1]``: where each column of owners begins, and where the last one ends."""
+        return np.cumsum([0, *map(len, self.owners)])
+
+    @functools.cached_property
+    def _places_by_owner(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """All places, process by process, and where each process's begin: all parts can be read in linear time."""
+        everyone = np.concatenate(self.owners)
+        starts = np.zeros(PROCESSES_MAX + 2, np.int64)
+        np.cumsum(np.bincount(everyone, minlength=PROCESSES_MAX + 1), out=starts[1:])
+        return np.argsort(everyone, kind="stable"), starts
 
     def items_of(self, process: int) -> StoredObject | None:
         """The object that holds the items of a process, if there are any."""
-        name = f"{self.data}/{ITEMS_DIRECTORY}/{process}"
-        return next((entry for entry in self.objects if entry.name == name), None)
+        return self._find_object(f"{ITEMS_DIRECTORY}/{process}")
+
+    def own_leaves_of(self, process: int) -> StoredObject | None:
+        """The object that holds the values of leaves in which a process differs from process 0, if it does."""
+        return self._find_object(f"{OWN_DIRECTORY}/{process}")
+
+    def _find_object(self, name: str) -> StoredObject | None:
+        path = f"{self.data}/{name}"
+        return next((entry for entry in self.objects if entry.name == path), None)
 
     @property
     def items_bytes(self) -> int:

@@ -18,6 +18,8 @@ that keep the order of equals, and no look at who is planning.
    shards with the same set are one deal. Where sets overlap without being equal, they are dealt in several *waves*.
 4. A process gets runs of neighbouring chunks.
 
+Shards of less than 16 MiB are cut further, in halves, for those who read them: see `_halve`.
+
 Limits. A shard whose leading axis has no useful divisor, such as a large prime, is not cut, and one process writes all
 of it. Trees with fewer chunks than processes leave some without work. Bytes are balanced, not seconds: a process whose
 storage is slower gets no less. That large replicated leaves come last costs balance where they cannot be cut.
@@ -38,11 +40,19 @@ from typing import Any, final
 
 import numpy as np
 
+from ._config import BLOCK_BYTES
 from ._layout import LeafExtent, Share, cut_shard
 from ._shardings import ShardMap
 
 # Replicated shards are cut so that a process's average part of the tree has at least so many chunks.
 _CHUNKS_PER_PROCESS = 8
+
+# More devices than those that saved need parts of shards, and read whole checksum blocks. A shard of 16 blocks has
+# boundaries enough; a smaller one is cut in halves, which is where a sharding over twice the devices divides it. Parts
+# below this size would cost more in the tables than the bytes that are read twice.
+_HALVED_SHARD_BYTES_END = 16 * BLOCK_BYTES
+_HALVED_BYTES_MIN = 128 << 10
+_HALVED_INTO_MAX = 8
 
 Array = np.ndarray[Any, Any]
 
@@ -215,9 +225,24 @@ def _cut(
     shard_bytes = math.prod(shard_shape) * leaf.itemsize
     is_split = holders.most > 1 and shard_bytes >= 2 * split_bytes_min
     chunk_shape = cut_shard(shard_shape, leaf.itemsize, split_bytes if is_split else chunk_bytes_max)
+    if shard_grid and shard_grid[0] > 1 and shard_bytes < _HALVED_SHARD_BYTES_END:
+        chunk_shape = _halve(shard_shape, chunk_shape, leaf.itemsize)
     chunk_bytes = math.prod(chunk_shape) * leaf.itemsize if shard_bytes else 0
     chunk_grid = tuple(size // chunk for size, chunk in zip(shard_shape, chunk_shape, strict=True))
     return _Cut(holders, chunk_shape, chunk_bytes, shard_grid, chunk_grid)
+
+
+def _halve(shard_shape: tuple[int, ...], chunk_shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Cuts along the first axis into up to eight parts, so that twice or eight times the devices read no byte twice."""
+    chunk = list(chunk_shape)
+    while (
+        chunk
+        and chunk[0] % 2 == 0
+        and shard_shape[0] // chunk[0] < _HALVED_INTO_MAX
+        and math.prod(chunk) * itemsize >= 2 * _HALVED_BYTES_MIN
+    ):
+        chunk[0] //= 2
+    return tuple(chunk)
 
 
 # --- who writes a chunk ---------------------------------------------------------------------------------------

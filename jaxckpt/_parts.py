@@ -22,7 +22,7 @@ import numpy as np
 from ._errors import CorruptError, MismatchError, Problem
 from ._manifest import ABSENT, LeafSpec, Manifest, check_directories, unpack
 from ._shardings import Box
-from ._tables import OWN_OBJECT, ChunkTable, encode_table, parse_table
+from ._tables import OWN_OBJECT, ChunkTable, encode_table, parse_column, parse_table
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,8 +135,8 @@ class ChunkIndex:
         process, count = manifest.local
         key = manifest.keys[leaf]
         message = (
-            f"a part of it is kept by another process; this is what process {process} of {count} kept\n"
-            f"restore with {count} processes on the same mesh, each with its own directory"
+            f"another process keeps a part of it, for {count} processes saved this with local=True, of which this one"
+            f" is {process}: restore with {count} processes on the same mesh"
         )
         problem = Problem(key, "sharding", message)
         return MismatchError(f"cannot read {problem}", [problem])
@@ -158,8 +158,7 @@ class _Table:
     def row(self, leaf: int, pattern: int, at: int) -> int:
         owned = self._owned.get(pattern)
         if owned is None:
-            owned = np.flatnonzero(self._manifest.owners[pattern] == self._process)
-            self._owned[pattern] = owned
+            owned = self._owned[pattern] = self._manifest.owned_in(pattern, self._process)
         return int(self._starts[leaf]) + int(np.searchsorted(owned, at))
 
 
@@ -204,6 +203,8 @@ def parse_part(data: bytes, manifest: Manifest, process: int) -> tuple[ChunkTabl
         if fields["process"] != process:
             raise ValueError("it is another process's")
         counts = manifest.counts_of(process)
+        # Before memory is taken: leaves that share a column of owners can have many more chunks than that is long.
+        parse_column(fields, "chunk_pack", "<i4", sum(counts.tolist()))
         chunks, packs = parse_table(fields, np.repeat(manifest.chunk_nbytes, counts))
         check_directories(manifest, chunks, counts)
     except Exception as error:  # a hostile part can make Python raise almost anything; all of it means this

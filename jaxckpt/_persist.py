@@ -7,7 +7,8 @@ the first of them says so, while the others already take their snapshots.
 
 The threads are not daemons and are all started before `save_async` returns: a program that ends meanwhile still
 finishes its save (new threads and executors are refused by then). After the first failure the rest of the queue is
-drained without writing, so that nobody waits for memory for ever.
+drained without writing, so that nobody waits for memory for ever. A call that the storage keeps waiting cannot be
+interrupted: who must not wait for it leaves the thread to itself, which ends, and closes what is open, after that call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -39,6 +41,7 @@ class PieceWriter:
       call_count: How many calls `open` will be given at most.
       threads: Number of threads.
       meter: Is told of written bytes.
+      on_failure: Called with the first failure of a thread, in that thread.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class PieceWriter:
         call_count: int,
         threads: int,
         meter: ProgressMeter,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._store = store
         self._plan = plan
         self._names: list[str] = []
         self._is_open = threading.Event()
         self._meter = meter
+        self._on_failure = on_failure
         blocks = -(-plan.length.astype("int64") // BLOCK_BYTES)
         self._first_block: list[int] = (blocks.cumsum() - blocks).tolist()
         self.checksums = bytearray(CHECKSUM_BYTES * int(blocks.sum()))
@@ -69,6 +74,9 @@ class PieceWriter:
         self._first_calls: collections.deque[Callable[[], None]] = collections.deque()
         # Starting a thread is what a small save blocks its caller for: two do for a piece and a few metadata objects.
         count = min(threads, max(2, len(plan.pieces)), len(plan.pieces) + call_count)
+        self._running = 0
+        # Set when a thread has failed, when the writing was stopped, and when all threads have ended.
+        self._is_over = threading.Event()
         self._ended = [threading.Event() for _ in range(count)]
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxckpt-write-{number}", args=(self._ended[number],))
@@ -77,6 +85,7 @@ class PieceWriter:
         try:
             for thread in self._threads:
                 thread.start()
+                self._running += 1  # none ends before it is told to
         except BaseException as error:
             self.abandon(error)
             raise
@@ -105,41 +114,64 @@ class PieceWriter:
           data: Its bytes, which must not change until ``give_back`` is called.
           give_back: Called when they are written, or never will be.
         """
-        if self._failure is not None:
-            give_back()
-            raise self._failure
-        self._queue.put(functools.partial(self._write_and_give_back, piece, data, give_back))
+        with self._lock:  # nothing is queued behind what ends the threads
+            failure = self._failure
+            if failure is None:
+                self._queue.put(functools.partial(self._write_and_give_back, piece, data, give_back))
+                return
+        give_back()
+        raise failure
 
     def finish(self) -> None:
         """Waits until every piece of the plan is durable; raises the first failure."""
-        self._join()
+        self._end_threads()
+        self._is_over.wait()
         if self._failure is not None:
             raise self._failure
+        self._join(None)
         if any(self._pieces_left):
             raise RuntimeError("pieces of the plan were never submitted")
 
     def stop(self, failure: BaseException) -> None:
         """Writes nothing more; waits for nothing."""
-        with self._lock:
-            self._failure = self._failure or failure
+        self._note(failure)
         self._is_open.set()
 
-    def abandon(self, failure: BaseException) -> None:
-        """Stops writing, waits for the threads and closes what is open."""
-        self.stop(failure)
-        self._join()
+    def abandon(self, failure: BaseException, timeout_s: float | None = None) -> bool:
+        """Stops writing and waits for the threads; what is open gets closed.
 
-    def _join(self) -> None:
+        Args:
+          failure: Why.
+          timeout_s: Most seconds to wait; None waits until all have ended.
+
+        Returns:
+          Whether all threads have ended.
+        """
+        self.stop(failure)
+        self._end_threads()
+        return self._join(timeout_s)
+
+    def _note(self, failure: BaseException) -> bool:
+        """Keeps the first failure; returns whether it is this one."""
+        with self._lock:
+            is_first = self._failure is None
+            self._failure = self._failure or failure
+        self._is_over.set()
+        return is_first
+
+    def _end_threads(self) -> None:
         for _ in self._threads:
             self._queue.put(None)
+
+    def _join(self, timeout_s: float | None) -> bool:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for thread, ended in zip(self._threads, self._ended, strict=True):
             if thread.ident is not None:
                 # An interrupt of `join` makes Python 3.11 believe that the thread has ended.
-                ended.wait()
+                if not ended.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    return False
                 thread.join()
-        for writer in self._writers.values():
-            writer.abandon()
-        self._writers.clear()
+        return True
 
     def _work(self, ended: threading.Event) -> None:
         try:
@@ -151,7 +183,20 @@ class PieceWriter:
                 work()
                 del work  # the bytes may belong to the caller: hold them no longer than needed
         finally:
+            with self._lock:
+                self._running -= 1
+                is_last = self._running == 0
+            if is_last:
+                self._close()
             ended.set()
+
+    def _close(self) -> None:
+        """Closes what a failure left open; called by the last thread."""
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.abandon()
+        self._writers.clear()
+        self._is_over.set()
 
     def _call(self, call: Callable[[], None]) -> None:
         if self._failure is not None:
@@ -159,8 +204,8 @@ class PieceWriter:
         try:
             call()
         except BaseException as error:
-            with self._lock:
-                self._failure = self._failure or error
+            if self._note(error) and self._on_failure is not None:
+                self._on_failure(error)
 
     def _write_and_give_back(self, piece: Piece, data: Buffer, give_back: Callable[[], None]) -> None:
         try:

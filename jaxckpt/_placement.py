@@ -86,7 +86,11 @@ def place(target: Target, spec: LeafSpec, value: Any, destinations: Sequence[Des
         return target.python_type(_whole(destinations, spec).reshape(())[()])
     if target.kind == "numpy":
         return _numpy_leaf(target, spec, destinations)
-    array = _jax_array(target, spec, destinations)
+    return finish(target, spec, _jax_array(target, spec, destinations))
+
+
+def finish(target: Target, spec: LeafSpec, array: jax.Array) -> jax.Array:
+    """The leaf that a target wants, from its elements on its devices."""
     if target.kind == "key":
         return jax.random.wrap_key_data(array, impl=spec.impl)
     return _with_weak_type(array) if target.weak_type else array
@@ -108,7 +112,7 @@ def _from_value(target: Target, value: Any) -> Any:
     return _with_weak_type(placed) if target.weak_type else placed
 
 
-def _typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
+def typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
     """A destination as an array of the saved dtype in the shape of its box."""
     lo, hi = destination.box
     sizes = tuple(stop - start for start, stop in zip(lo, hi, strict=True))[: len(spec.shape)]
@@ -121,20 +125,20 @@ def _typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
 
 def _whole(destinations: Sequence[Destination], spec: LeafSpec) -> np.ndarray[Any, Any]:
     (destination,) = destinations
-    return _typed(destination, spec)
+    return typed(destination, spec)
 
 
 def _numpy_leaf(target: Target, spec: LeafSpec, destinations: Sequence[Destination]) -> np.ndarray[Any, Any]:
     array = _whole(destinations, spec).reshape(target.shape)
     if target.dtype is not None and array.dtype != target.dtype:
-        array = _cast(array, target.dtype)
+        array = cast(array, target.dtype)
     return np.asfortranarray(array) if spec.order == "F" else array
 
 
 def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destination]) -> jax.Array:
     dtype = target.dtype or spec.np_dtype
     if target.sharding is None or target.shape != spec.shape:
-        whole = _cast(_whole(destinations, spec).reshape(target.shape), dtype)
+        whole = cast(_whole(destinations, spec).reshape(target.shape), dtype)
         if target.sharding is None:
             return jax.device_put(whole)
         return jax.make_array_from_callback(
@@ -145,7 +149,7 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
         )
     rank = len(spec.shape)
     arrays = {
-        (lo[:rank], hi[:rank]): _cast(_typed(destination, spec), dtype)
+        (lo[:rank], hi[:rank]): cast(typed(destination, spec), dtype)
         for destination in destinations
         for lo, hi in (destination.box,)
     }
@@ -158,7 +162,7 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
     )
 
 
-def _cast(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+def cast(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """The array in another dtype; overflows were asked for."""
     with np.errstate(all="ignore"):
         try:

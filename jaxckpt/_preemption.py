@@ -19,6 +19,9 @@ largest counter of all processes, adds one, and answers yes to that counter alon
   * What one process learns by another way (a second signal, `request`) must reach the others. With several processes,
     `Preemption` then sends its own process a SIGTERM, which the service catches.
 
+Without the service, somebody else has to bring the processes to one step. A manager of a group does: it asks the
+`Preemption` of process 0 alone, and tells the others (`is_requested(step, is_for_all=True)`).
+
 Deliberately not here: what is done about it. The process is not ended, and nothing is saved.
 """
 
@@ -138,7 +141,7 @@ class Preemption:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._is_installed = False
 
-    def is_requested(self, step: int) -> bool:
+    def is_requested(self, step: int, *, is_for_all: bool = False) -> bool:
         """Whether to stop after this step; once True, always True.
 
         With jax's preemption service every process must call this at the same steps, in the same order, best after
@@ -147,6 +150,8 @@ class Preemption:
 
         Args:
           step: The step that is finished. A second call for the same step gets the same answer.
+          is_for_all: Whether this process never answers for itself alone: with jax's service it is what that says, and
+            without it the caller asks in one process and tells the others.
 
         Returns:
           True if the end of the process is announced and, with several processes, agreed upon for this step.
@@ -155,10 +160,15 @@ class Preemption:
             return True
         service = _jax_service()
         is_agreed = service is not None and _sync_points.is_reached(service, step)
-        if not is_agreed and not self._is_to_stop_alone(service):
+        if not is_agreed and not self._is_to_stop_alone(service, is_for_all=is_for_all):
             return False
-        self._answer(step, is_agreed=is_agreed)
+        self._answer(step, is_agreed=is_agreed or is_for_all)
         return True
+
+    @property
+    def is_agreed_by_jax(self) -> bool:
+        """Whether jax's preemption service is on, which makes all processes stop after one step."""
+        return _jax_service() is not None
 
     @property
     def requested(self) -> bool:
@@ -210,7 +220,7 @@ class Preemption:
             self._announced_by = announced_by
             self._announced_s = self._clock()
 
-    def _is_to_stop_alone(self, service: object | None) -> bool:
+    def _is_to_stop_alone(self, service: object | None, *, is_for_all: bool) -> bool:
         """Whether what this process knows is enough to stop; if not, but it knows something, tells the others."""
         if self._announced_s is None:
             return False
@@ -219,7 +229,14 @@ class Preemption:
         if self._is_forwarded:
             return False
         if not _is_caught(signal.SIGTERM):  # somebody took it from the service, and it would end the process
-            return True
+            if is_for_all:
+                self._is_forwarded = True
+                _logger.warning(
+                    "%s announced that this process ends, and the others cannot be told: jax's preemption service does"
+                    " not get SIGTERM\nset no handler of SIGTERM after jax.distributed.initialize",
+                    self._announced_by,
+                )
+            return not is_for_all
         self._is_forwarded = True
         signal.raise_signal(signal.SIGTERM)
         return False

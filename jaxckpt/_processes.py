@@ -39,10 +39,10 @@ of its death by the deadline.
 together, since all processes run one program. A process that calls something else than process 0, as ``restore`` where
 process 0 calls ``save``, is told so, and so is everybody else. A process that has missed a call altogether, since
 something in its training loop failed, is one number behind: it finds a session that failed for want of it. Unless that
-was the very call that it makes (then it was only late), or another session of it is open, it goes on to the next one.
+was the very call that it makes (then it was only late), or it has made another call since, it goes on to the next one.
 
 Keys are ``jaxckpt/<number>/<turn>/from/<process>`` for payloads, ``jaxckpt/<number>/<turn>/result`` for decisions and
-``jaxckpt/<number>/failed/<slot>`` for reports. When process 0 ends a session it deletes the keys of the one that came
+``jaxckpt/<number>/failed/<slot>`` for reports. When process 0 ends a session, it deletes the keys of the one that came
 64 before it.
 
 Deliberately not here: what is agreed upon (`_saving`, `_restoring`), and the data of arrays, all of which would go
@@ -60,6 +60,7 @@ import pathlib
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, final
 
@@ -182,6 +183,10 @@ def _has_status(error: RuntimeError, status: str) -> bool:
     return str(error).startswith(status)
 
 
+def _ignore() -> None:
+    pass
+
+
 # The group of the newest client; `jax.distributed` may be shut down and initialised again.
 _current: tuple[Any, Group] | None = None
 _current_lock = threading.Lock()
@@ -214,13 +219,13 @@ class Group:
       count: Number of processes.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, machine: str | None = None) -> None:
         self.index = channel.index
         self.count = channel.count
         self._channel = channel
         self._lock = threading.Lock()
         self._next_number = 0
-        self._open: set[Session] = set()
+        self._machine = machine or _machine_name()
         self._mates: int | None = None
         self._mates_lock = threading.Lock()
 
@@ -241,10 +246,9 @@ class Group:
         with self._lock:
             session = Session(self, self._channel, what, timeout_s, shared_errors, self._next_number)
             self._next_number += 1
-            self._open.add(session)
         return session
 
-    def machine_mates(self, timeout_s: float, check: Callable[[], None] = lambda: None) -> int:
+    def machine_mates(self, timeout_s: float, check: Callable[[], None] = _ignore) -> int:
         """How many processes of the group run on this machine, this one included.
 
         Collective: the first time, all processes wait for each other. The answer is kept.
@@ -262,9 +266,8 @@ class Group:
             return self._mates
 
     def _count_mates(self, timeout_s: float, check: Callable[[], None]) -> int:
-        machine = _machine_name()
         prefix = f"{_ROOT}/machines/from/"
-        self._channel.put(f"{prefix}{self.index}", machine.encode())
+        self._channel.put(f"{prefix}{self.index}", self._machine.encode())
         if self.index == 0:
             found = _collect(self._channel, prefix, timeout_s, check)
             silent = _silence(self.count, found, timeout_s, "machines")
@@ -275,24 +278,19 @@ class Group:
                 self._channel.put(f"{_ROOT}/machines/mates/{name}", str(machines.count(name)).encode())
         # Process 0 may be late by the timeout itself, and then waits as long for others.
         answer_s = 2 * timeout_s + _grace_s(timeout_s)
-        answer = _await(self._channel, f"{_ROOT}/machines/mates/{machine}", answer_s, check)
+        answer = _await(self._channel, f"{_ROOT}/machines/mates/{self._machine}", answer_s, check)
         if answer is None:
             silent = _silence(1, {}, timeout_s, "machines")
             raise CoordinationError(_describe("count the machines", self.count, silent), silent)
         return int(answer)
 
-    def take_next_number(self, session: Session, number: int) -> int | None:
-        """Another number for a session that has this one; None unless it is the newest and the only open one."""
+    def take_next_number(self, number: int) -> int | None:
+        """Another number for the session that has this one; None if there is a newer session."""
         with self._lock:
-            if self._open != {session} or self._next_number != number + 1:
+            if self._next_number != number + 1:
                 return None
             self._next_number += 1
             return number + 1
-
-    def forget(self, session: Session) -> None:
-        """The session is over."""
-        with self._lock:
-            self._open.discard(session)
 
 
 @final
@@ -330,7 +328,8 @@ class Session:
         self._has_joined = self.index == 0
         self._lock = threading.Lock()
         self._has_reported = False
-        self._has_failed = False
+        # What this session made of reports, as long as somebody has it.
+        self._raised: weakref.WeakSet[CheckpointError] = weakref.WeakSet()
 
     def agree(self, phase: str, payload: bytes, decide: Callable[[list[bytes]], bytes]) -> bytes:
         """Posts a payload and returns what process 0 decided on the payloads of all.
@@ -373,13 +372,17 @@ class Session:
         self._channel.put(self._result_key(turn), self._wrap(phase, payload))
         return payload
 
+    def is_told(self) -> bool:
+        """Whether process 0 has said what the first turn of this session came to."""
+        return self._channel.look(self._result_key(0)) is not None
+
     def fail(self, error: BaseException) -> CheckpointError:
         """Tells all others that this process has failed, and returns what it should raise from that error.
 
         What is returned names all failures that are known; if it came from this session it is returned as it is. A
         failure of the service is not raised: then only this process knows.
         """
-        if isinstance(error, CheckpointError) and self._has_failed:
+        if isinstance(error, CheckpointError) and error in self._raised:
             return error
         return self._report(error)
 
@@ -425,9 +428,30 @@ class Session:
             # It may hang in a call to a process 0 that is stopped: nobody waits for it then.
             watcher.join(_WATCH_INTERVAL_S)
 
+    def settle(self, timeout_s: float) -> bool:
+        """Says, after a failure, that this process touches nothing any more; process 0 waits for all to say so.
+
+        Args:
+          timeout_s: How long process 0 waits, at most.
+
+        Returns:
+          Whether all have said so, as far as process 0 knows; elsewhere, whether that could be said.
+        """
+        prefix = f"{_ROOT}/{self._number}/settled/"
+        with contextlib.suppress(CoordinationError):
+            self._channel.put(f"{prefix}{self.index}", b"")
+            return self.index != 0 or len(_collect(self._channel, prefix, timeout_s, _ignore)) == self.count
+        return False
+
+    def has_settled(self, process: int, timeout_s: float) -> bool:
+        """Whether a process has said so, or says so within that time."""
+        with contextlib.suppress(CoordinationError):
+            key = f"{_ROOT}/{self._number}/settled/{process}"
+            return _await(self._channel, key, timeout_s, _ignore) is not None
+        return False
+
     def close(self) -> None:
         """This process is done with the session."""
-        self._group.forget(self)
         if self.index == 0 and self._number >= _SESSIONS_KEPT:
             with contextlib.suppress(CoordinationError):
                 self._channel.delete(f"{_ROOT}/{self._number - _SESSIONS_KEPT}/")
@@ -507,7 +531,7 @@ class Session:
             while not self._has_joined:
                 if not any(self._was_missed(report) for report in self._reports()):
                     break
-                number = self._group.take_next_number(self, self._number)
+                number = self._group.take_next_number(self._number)
                 if number is None:
                     break
                 self._number = number
@@ -551,7 +575,12 @@ class Session:
         return [_decode_report(listing[key]) for key in sorted(listing)]
 
     def _error(self, reports: Sequence[_Report]) -> CheckpointError:
-        self._has_failed = True
+        error = self._make_error(reports)
+        with self._lock:
+            self._raised.add(error)
+        return error
+
+    def _make_error(self, reports: Sequence[_Report]) -> CheckpointError:
         known = dict.fromkeys(failure for report in reports for failure in report.failures)
         failures = sorted(known, key=lambda failure: failure.process)
         problems = tuple(dict.fromkeys(problem for report in reports for problem in report.problems))

@@ -31,9 +31,11 @@ from ._manifest import (
     StoredObject,
     decode_text,
     decode_value,
+    local_directory,
     parse_manifest,
 )
 from ._matching import logical_shape
+from ._own_leaves import decode_own_leaves
 from ._parts import ChunkIndex
 from ._processes import current_group
 from ._resharding import Destination, ReadExecutor, plan_reads
@@ -45,7 +47,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
     """Reads the manifest at a path or URL; see `jaxckpt.open`."""
     store = open_store(path)
     try:
-        data, hold = store.read_and_hold(MANIFEST_NAME, MANIFEST_BYTES_MAX)
+        store, data, hold = _read_manifest(store)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(
             f"no committed checkpoint at {store.path!r}: there is no {MANIFEST_NAME}\n"
@@ -112,8 +114,7 @@ class Checkpoint:
         Raises:
           CorruptError: The items are damaged.
         """
-        group = current_group()
-        return self.items_of(0 if group is None else group.index)
+        return self.items_of(_process_index())
 
     def items_of(self, process: int) -> dict[str, Any]:
         """What a process gave as ``items=``; the same as process 0 unless it gave something else.
@@ -123,6 +124,15 @@ class Checkpoint:
         """
         entry = self._manifest.items_of(process) or self._manifest.items_of(0)
         return {} if entry is None else decode_items(self.read_object(entry), self.path)
+
+    def own_leaves_of(self, process: int) -> dict[int, Any]:
+        """For tools: the leaves in which a process had another value than process 0, by number; see `_own_leaves`.
+
+        Raises:
+          CorruptError: They are damaged.
+        """
+        entry = self._manifest.own_leaves_of(process)
+        return {} if entry is None else decode_own_leaves(self.read_object(entry), self._manifest, entry.name)
 
     @property
     def created_s(self) -> float:
@@ -207,6 +217,24 @@ class Checkpoint:
         self._bytes_read += executor.bytes_read
         executor.raise_problems(f"read {key!r} of {self.path!r}")
         return list(plan.destinations)
+
+
+def _read_manifest(store: Store) -> tuple[Store, bytes, Hold | None]:
+    """The bytes of the manifest here, or of the one that this process keeps for itself; and where it is."""
+    try:
+        return store, *store.read_and_hold(MANIFEST_NAME, MANIFEST_BYTES_MAX)
+    except (FileNotFoundError, NotADirectoryError):
+        own = store.child(local_directory(_process_index()))
+        try:
+            return own, *own.read_and_hold(MANIFEST_NAME, MANIFEST_BYTES_MAX)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        raise
+
+
+def _process_index() -> int:
+    group = current_group()
+    return 0 if group is None else group.index
 
 
 def _read_part(store: Store, manifest: Manifest, process: int) -> bytes:

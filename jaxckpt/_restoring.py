@@ -34,8 +34,9 @@ from ._matching import (
 )
 from ._placement import Target, boxes_of, is_fortran, place
 from ._reading import Checkpoint
-from ._resharding import ReadExecutor, ReadPlan, plan_reads
-from ._shardings import Box, fit_to_mesh, give_devices, rebuild_sharding
+from ._resharding import Destination, ReadExecutor, ReadPlan, plan_reads
+from ._shardings import Box, fit_to_mesh, give_devices, is_own_sharding, rebuild_sharding
+from ._store import allocate_aligned
 from ._zarr import METADATA_NAME
 
 
@@ -318,7 +319,7 @@ def outline_restore(checkpoint: Checkpoint, wanted: WantedTree, targets: dict[in
 
 def _outline_target(target: Target) -> str:
     text = f"leaf {target.leaf}, {target.kind} {target.dtype} {target.shape}"
-    if target.sharding is None or target.sharding.is_fully_addressable:
+    if target.sharding is None or is_own_sharding(target.sharding):
         return text
     return f"{text} {outline_sharding(target.sharding)}"
 
@@ -363,12 +364,22 @@ def plan_restore(
     return RestorePlan(targets, boxes, waves, plans)
 
 
-def restore_targets(checkpoint: Checkpoint, plan: RestorePlan, io_threads: int) -> dict[int, Any]:
-    """Reads, verifies and places the targets of a plan."""
+def restore_targets(
+    checkpoint: Checkpoint, plan: RestorePlan, io_threads: int, process: int = 0
+) -> dict[int, Any]:
+    """Reads, verifies and places the targets of a plan.
+
+    Args:
+      checkpoint: Where from.
+      plan: What is read, and what becomes of it.
+      io_threads: Threads that read and verify.
+      process: Index of this process, which may have had leaves of its own.
+    """
+    own_leaves = checkpoint.own_leaves_of(process)
     manifest = checkpoint.manifest
     executor = ReadExecutor(checkpoint.store, manifest, threads=io_threads)
     doing = f"restore {checkpoint.path!r}"
-    executor.check_metadata(_metadata_of(manifest, [target.leaf for target in plan.targets.values()]))
+    executor.check_metadata(metadata_of(manifest, [target.leaf for target in plan.targets.values()]))
     for reads in plan.plans:
         executor.check_objects(reads)
     executor.raise_problems(doing)
@@ -381,6 +392,9 @@ def restore_targets(checkpoint: Checkpoint, plan: RestorePlan, io_threads: int) 
             target = plan.targets[number]
             mine = [next(filled) for _ in plan.boxes[number]]
             value = manifest.values.get(target.leaf)
+            if target.leaf in own_leaves and _is_for_this_process(target):
+                value = own_leaves[target.leaf]
+                mine = _own_destinations(target.leaf, plan.boxes[number], manifest.spec(target.leaf), value)
             try:
                 results[number] = place(target, manifest.spec(target.leaf), value, mine)
             except (OverflowError, ValueError) as error:
@@ -392,6 +406,25 @@ def restore_targets(checkpoint: Checkpoint, plan: RestorePlan, io_threads: int) 
         _wait_for_transfers([results[number] for number in wave])
     checkpoint.count_read(executor.bytes_read)
     return results
+
+
+def _is_for_this_process(target: Target) -> bool:
+    return target.sharding is None or is_own_sharding(target.sharding)
+
+
+def _own_destinations(leaf: int, boxes: Sequence[Box], spec: LeafSpec, value: Any) -> list[Destination]:
+    """The value that this process had in a leaf, as if its boxes had been read; none for scalars."""
+    if not boxes:
+        return []
+    element = np.dtype((np.void, spec.stored_itemsize))
+    whole = np.frombuffer(value, element).reshape(spec.stored_shape)
+    destinations = []
+    for lo, hi in boxes:
+        part = whole[tuple(slice(start, stop) for start, stop in zip(lo, hi, strict=True))]
+        buffer = allocate_aligned(part.nbytes)
+        buffer[:] = np.frombuffer(part.tobytes(), np.uint8)
+        destinations.append(Destination(leaf, (lo, hi), part.nbytes, 0, buffer))
+    return destinations
 
 
 def _raise_unfit(doing: str, key: str, target: Target, error: Exception) -> NoReturn:
@@ -430,7 +463,7 @@ def _wait_for_transfers(leaves: Sequence[Any]) -> None:
     jax.block_until_ready(arrays)
 
 
-def _metadata_of(manifest: Manifest, leaves: Sequence[int]) -> list[StoredObject]:
+def metadata_of(manifest: Manifest, leaves: Sequence[int]) -> list[StoredObject]:
     """Metadata objects that belong to these leaves or to no leaf."""
     own = {
         f"{manifest.data}/{directory}/{METADATA_NAME}": leaf

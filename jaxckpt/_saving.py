@@ -7,6 +7,10 @@
 A blocking save does all of it on the caller's thread but for the writing. After a failure anywhere, the other parties
 stop at their next step, whoever is last cleans up, and nothing is committed: the manifest is published only when
 the snapshot was staged whole *and* every piece of the plan is durable.
+
+In a group of processes (`_collective`) the background thread first agrees with the others, and commits with them. A
+failure is told to all where it happens, in whatever thread that is; a watcher hears of those of the others and lets the
+threads here stop in the same way. Nobody waits longer than `SETTLE_S` for a thread that storage keeps waiting.
 """
 
 from __future__ import annotations
@@ -30,10 +34,10 @@ import msgpack
 import numpy as np
 import xxhash
 
-from ._collective import CollectiveSave, Outline, outline_leaf
+from ._collective import SETTLE_S, CollectiveSave, Outline, outline_leaf
 from ._commit import Attempt, begin, retract
 from ._config import SPLIT_BYTES_MIN, SaveOptions, piece_bytes_for, resolve_host_bytes_max
-from ._errors import CheckpointError, WriteError
+from ._errors import CheckpointError, CoordinationError, WriteError
 from ._items import encode_items
 from ._keys import flatten
 from ._layout import LeafExtent, Share, WritePlan, plan_writes, present_chunks
@@ -42,14 +46,15 @@ from ._manifest import (
     ITEMS_BYTES_MAX,
     ITEMS_DIRECTORY,
     NO_CHUNKS,
+    OWN_DIRECTORY,
     PARTS_DIRECTORY,
     TIME_S_MAX,
     LeafSpec,
     Manifest,
     PartEntry,
     StoredObject,
-    local_directory,
 )
+from ._own_leaves import OwnLeaves
 from ._ownership import share_writes
 from ._parts import encode_part
 from ._persist import PieceWriter
@@ -153,31 +158,34 @@ class SaveJob:
         self._context = context
         self._options = options
         self._may_overwrite = overwrite
-        self.store = open_store(path)
         self._attempt: Attempt | None = None
+        self._has_sent_part = False
         self._staged = threading.Event()
         self._stage_failure: BaseException | None = None
         self._watch = contextlib.ExitStack()
         group = current_group()
-        if is_local and group is not None:
-            self.store = self.store.child(local_directory(group.index))
-        self._together = (
-            None
-            if group is None
-            else CollectiveSave(
-                group, f"save {open_store(path).path!r}", options.timeout_s, is_local=is_local
-            )
-        )
-        # The first time this asks the others: before anything can fail here, so that nobody waits for an answer.
-        self._processes_here = 1 if group is None else group.machine_mates(options.timeout_s)
+        self._together: CollectiveSave | None = None
+        if group is not None:
+            where = str(getattr(path, "path", path))
+            # First of all: the others wait for this process, and shall hear why it does not come.
+            self._together = CollectiveSave(group, f"save {where!r}", options.timeout_s, is_local=is_local)
         try:
+            self.store = open_store(path)
+            self._processes_here = 1
+            if group is not None and self._together is not None:
+                # Asks the others the first time.
+                self._processes_here = group.machine_mates(options.timeout_s, self._together.session.check)
             self._prepare(tree, is_blocking=is_blocking, group=group)
             if self._together is None:
                 self._begin()
         except BaseException as error:
-            if self._together is not None:
-                raise self._together.session.fail(error) from error
-            raise
+            if self._together is None:
+                raise
+            failure = self._together.session.fail(error)
+            self._together.session.close()
+            if failure is error or not isinstance(error, Exception):  # interrupts stay what they are
+                raise
+            raise _with_outcome(failure, self._outcome(is_committed=False)) from error
 
     def _prepare(self, tree: Any, *, is_blocking: bool, group: Group | None) -> None:
         """What needs no storage and no other process: everything is looked at and planned."""
@@ -193,6 +201,7 @@ class SaveJob:
         leaves = inspect_leaves(self._flat.keys, self._flat.leaves)
         self._flat.leaves.clear()
         self._templates = [leaf.template for leaf in leaves]
+        self._own_leaves = OwnLeaves(self._flat.keys, leaves if self._together is not None else [])
         self._values = {
             number: leaf.value for number, leaf in enumerate(leaves) if leaf.template.extent is None
         }
@@ -221,33 +230,41 @@ class SaveJob:
         self._writer = PieceWriter(
             self.store,
             self._plan,
-            call_count=len(self._directories) + 2,
+            call_count=len(self._directories) + 3,
             threads=options.io_threads,
             meter=self.meter,
+            on_failure=None if self._together is None else self.give_up,
         )
 
     def _begin(self) -> None:
         """Begins the attempt, and lets the writer begin."""
         has_items = self._items is not None
+        own_leaves: bytes | None = None
         try:
             if self._together is None:
                 self._attempt = begin(self.store, may_overwrite=self._may_overwrite)
             else:
-                self._attempt, has_items = self._together.begin(
-                    self.store, self._outline(), self._items, may_overwrite=self._may_overwrite
+                beginning = self._together.begin(
+                    self.store,
+                    self._outline(),
+                    self._items,
+                    self._own_leaves,
+                    may_overwrite=self._may_overwrite,
                 )
+                self._attempt = beginning.attempt
+                has_items, own_leaves = beginning.has_items, beginning.own_leaves
                 self._watch.enter_context(self._together.session.watching(self._stop))
             self._persist_began_s = time.perf_counter() - self._began_s
-            calls = self._metadata_calls(self._attempt, has_items=has_items)
+            calls = self._metadata_calls(self._attempt, self._items if has_items else None, own_leaves)
             self._writer.open(self._object_names(self._attempt), calls)
         except BaseException as error:
+            if self._together is not None:
+                raise
             self._release_snapshot()
             self._writer.abandon(error)
             if self._attempt is not None:
                 self._attempt.abandon()
-            if self._together is None:
-                self._raise(error)
-            raise
+            self._raise(error)
 
     def _outline(self) -> Outline:
         options = self._options
@@ -261,7 +278,7 @@ class SaveJob:
         return Outline(call, self._flat.nodes, self._flat.keys, leaves)
 
     def _stop(self, error: BaseException) -> None:
-        """Called when another process has failed."""
+        """Called when the group has failed: ends the threads of this process, too."""
         self.give_up(error)
         self._writer.stop(error)
 
@@ -297,6 +314,8 @@ class SaveJob:
     def give_up(self, error: BaseException) -> None:
         """Makes the save fail at its next step, wherever it is; `finish` raises the error."""
         self._stage_failure = self._stage_failure or error
+        if self._together is not None and self._stage_failure is error:
+            self._together.session.fail(error)  # the others may wait for something that comes much later
         self._release_snapshot()
         self._staged.set()
 
@@ -319,7 +338,7 @@ class SaveJob:
         try:
             self._begin()
         except BaseException as error:
-            self.give_up(error)
+            self._stop(error)
 
     def finish(self) -> CheckpointInfo:
         """Waits for the writer, then commits."""
@@ -372,8 +391,7 @@ class SaveJob:
             self._release_snapshot()
 
     def _release_snapshot(self) -> None:
-        if isinstance(self._snapshot, PinnedSnapshot):
-            self._snapshot.give_up()
+        self._snapshot.give_up()
 
     def _commit(self) -> int:
         """Commits, alone or with the other processes; returns the bytes of the manifest that this process wrote."""
@@ -398,30 +416,58 @@ class SaveJob:
             )
             self._bytes_written += len(data)
         self.store.sync()
-        return together.publish(
-            part,
-            own,
-            lambda parts, objects: attempt.commit(self._manifest(chunks, objects, parts)),
-            functools.partial(retract, self.store),
-        )
+        if together.index != 0 and not together.is_local:
+            self._has_sent_part = True
+            attempt.expect_commit()
+
+        def commit(parts: tuple[PartEntry, ...], objects: tuple[StoredObject, ...]) -> int:
+            # Not before, so that nothing is left where the processes find that they share no storage.
+            attempt.put_root_group()
+            everything = sorted({*objects, *attempt.metadata_objects}, key=lambda entry: entry.name)
+            return attempt.commit(self._manifest(chunks, tuple(everything), parts))
+
+        return together.publish(part, own, commit, functools.partial(retract, self.store))
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Ends a failed save, and raises why it failed."""
-        together = self._together
-        failure = error
-        if together is not None:
-            failure = together.session.fail(error)
-        self._watch.close()
+        if self._together is not None:
+            self._fail_together(self._together, error)
         self._release_snapshot()
         self._writer.abandon(error)
-        if together is not None:
-            together.settle()
-            together.session.close()
         if self._attempt is not None:
             self._attempt.abandon()
-        if failure is not error:
-            raise failure from error
         self._raise(error, is_committed=self._attempt is not None and self._attempt.is_committed())
+
+    def _fail_together(self, together: CollectiveSave, error: BaseException) -> NoReturn:
+        """As `_fail`, in a group; takes a few seconds, even if storage keeps a thread of some process for longer."""
+        failure = together.session.fail(error)
+        self._watch.close()
+        self._release_snapshot()
+        deadline_s = time.monotonic() + SETTLE_S
+        has_stopped = self._writer.abandon(error, SETTLE_S)
+        together.settle(max(0.0, deadline_s - time.monotonic()), has_stopped=has_stopped)
+        if together.attempt is not None:
+            together.attempt.abandon()
+        outcome = self._outcome_together(together, deadline_s)
+        together.session.close()
+        if not isinstance(error, Exception):  # an interrupt stays what it is
+            raise error
+        raise _with_outcome(failure, outcome) from (error if failure is not error else error.__cause__)
+
+    def _outcome_together(self, together: CollectiveSave, deadline_s: float) -> str:
+        """What a failed save of a group has left, as far as this process can know."""
+        is_known = True
+        if self._has_sent_part:
+            # Process 0 may be about to commit, without knowing of the failure.
+            is_known = together.session.has_settled(0, max(0.0, deadline_s - time.monotonic()))
+        is_committed = together.attempt is not None and together.attempt.is_committed()
+        if is_known or is_committed:
+            return self._outcome(is_committed=is_committed)
+        return "whether process 0 commits it all the same is not known here; look before you save again"
+
+    def _outcome(self, *, is_committed: bool) -> str:
+        newest_good = None if self._context.newest_good is None else self._context.newest_good()
+        return _describe_outcome(newest_good, is_committed=is_committed)
 
     def _raise(self, error: BaseException, *, is_committed: bool = False) -> NoReturn:
         """Raises a failure in the words of this library."""
@@ -441,13 +487,17 @@ class SaveJob:
                 names.append(f"{attempt.data}/{self._directories[entry.leaf]}/{chunk}")
         return names
 
-    def _metadata_calls(self, attempt: Attempt, *, has_items: bool) -> list[Callable[[], None]]:
-        """Writes of the ``zarr.json`` objects, which make the data directory a Zarr group, and of the items."""
+    def _metadata_calls(
+        self, attempt: Attempt, items: bytes | None, own_leaves: bytes | None
+    ) -> list[Callable[[], None]]:
+        """Writes of the ``zarr.json`` objects, which make the data directory a Zarr group, and of what is beside it."""
         contents: dict[str, bytes] = {}
         together = self._together
-        if has_items and self._items is not None:
-            process = 0 if together is None else together.index
-            contents[f"{ITEMS_DIRECTORY}/{process}"] = self._items
+        process = 0 if together is None or together.is_local else together.index
+        if items is not None:
+            contents[f"{ITEMS_DIRECTORY}/{process}"] = items
+        if own_leaves is not None:
+            contents[f"{OWN_DIRECTORY}/{process}"] = own_leaves
         if together is not None and together.index != 0 and not together.is_local:
             return [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
         if together is None:  # in a group it is there already
@@ -460,7 +510,7 @@ class SaveJob:
             for depth in range(1, len(parts)):
                 contents["/".join([*parts[:depth], METADATA_NAME])] = group_metadata()
         calls = [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
-        return [*calls, attempt.put_root_group]
+        return [*calls, attempt.put_root_group] if together is None else calls
 
     def _spec(self, leaf: int, sharding: int | None) -> LeafSpec:
         chunk_shape = self._plan.chunk_shapes[leaf]
@@ -669,16 +719,25 @@ def library_versions() -> dict[str, str]:
     }
 
 
+def _describe_outcome(newest_good: str | None, *, is_committed: bool) -> str:
+    if is_committed:
+        return "the new checkpoint is in place and whole, but may be lost if the machine fails now"
+    return f"nothing was committed; {newest_good or 'a checkpoint that was there before is still whole'}"
+
+
+def _with_outcome(failure: CheckpointError, outcome: str) -> CheckpointError:
+    """A failure of the group that also says what it left; that of a caller's mistake says so itself."""
+    if type(failure) is not CoordinationError:
+        return failure
+    return CoordinationError(f"{failure}\n{outcome}", failure.failures, failure.problems)
+
+
 def write_error(store: Store, error: OSError, newest_good: str | None, *, is_committed: bool) -> WriteError:
     """What storage answered, in the words of this library."""
     reason = error.strerror or str(error)
     place = f" ({error.filename})" if error.filename else ""
     name = errno.errorcode.get(error.errno or 0, "")
-    state = (
-        "the new checkpoint is in place and whole, but may be lost if the machine fails now"
-        if is_committed
-        else f"nothing was committed; {newest_good or 'a checkpoint that was there before is still whole'}"
-    )
+    state = _describe_outcome(newest_good, is_committed=is_committed)
     message = (
         f"cannot save {store.path!r}: storage refused a write: {reason} {name}{place}\n"
         f"{state}\nmake room or mend the storage, then save again"

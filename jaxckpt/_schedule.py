@@ -48,12 +48,15 @@ iterations, and picks again when the measured overhead leaves its bound. The buc
 profile nor an interval, so that steps may be of any length.
 
 Deliberately not here: any input or output; which steps to keep; saves that are forced or that a preemption asks for
-(the manager); and agreement between processes, whose clocks and blocked times differ, so that one of them has to ask
-its schedule and tell the others. All calls come from the thread of the loop; there is no lock.
+(the manager); and agreement between processes, whose clocks, blocked times and metrics differ, so that one of them has
+to ask its schedule and tell the others. For them the rules are of two kinds: those that look at numbers of steps alone
+(`is_due_by_number`), which say the same everywhere, and the others (`has_open_question`). All calls come from the
+thread of the loop; there is no lock.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections import deque
@@ -63,6 +66,9 @@ from typing import final
 # How many measured costs the prediction looks at. The largest of three rides out one save that was cheap by luck, and
 # forgets one that was dear by accident after two more.
 _COSTS_REMEMBERED = 3
+
+# Until this share of an interval or of a pause of the budget is left, `quiet_s` is half of what is left.
+_PRECISION = 0.01
 
 # No step has this number.
 _NO_STEP = -1
@@ -157,12 +163,7 @@ class Schedule:
         Returns:
           Why the step is due, in words, or None when it is not.
         """
-        baseline = self._baseline
-        if baseline is None or step < baseline:
-            baseline = self._baseline = step - 1
-        if self._first_step is None:
-            self._first_step = step
-
+        baseline = self._note_call(step)
         if step == self._last_step:
             return None
         if self._save_first and step == self._first_step:
@@ -176,6 +177,51 @@ class Schedule:
         if self._when is not None and self._when(step, {} if metrics is None else metrics):
             return "save_when"
         return "a due step was skipped" if self._has_skipped else None
+
+    def is_due_by_number(self, step: int) -> bool:
+        """Whether rules that look at nothing but numbers of steps make this step due.
+
+        A schedule that is not asked by `reason_to_save` at a step is asked this, and so stays the same as one that is.
+        """
+        baseline = self._note_call(step)
+        if step == self._last_step:
+            return False
+        if self._has_skipped or (self._save_first and step == self._first_step):
+            return True
+        if self._steps is not None and step in self._steps:
+            return True
+        return self._budget is None and self._is_crossed(step, baseline)
+
+    def has_open_question(self, step: int) -> bool:
+        """Whether a clock, the budget or the predicate may make this step due; to be asked after `is_due_by_number`."""
+        if step == self._last_step:
+            return False
+        if self._when is not None or self._interval_s is not None:
+            return True
+        return (
+            self._budget is not None and self._baseline is not None and self._is_crossed(step, self._baseline)
+        )
+
+    def quiet_s(self) -> float:
+        """Seconds for which it is enough to ask `is_due_by_number`; no longer than half of those that are sure.
+
+        It is at least a hundredth of the interval, or of the pause that the budget makes between two saves. So a
+        schedule that is asked again after each such time is asked a few times in an interval, and is late by a
+        hundredth. 0 with a predicate, infinite where only numbers of steps count.
+        """
+        if self._when is not None:
+            return 0.0
+        if self._interval_s is None and self._budget is None:
+            return math.inf
+        quiet_s = 0.0
+        # With a budget, `interval_steps` too waits for nothing but the budget.
+        is_timed = self._interval_steps is None or self._budget is None
+        if self._interval_s is not None and is_timed:
+            left_s = self._interval_s - self._elapsed_s()
+            quiet_s = max(left_s / 2, self._interval_s * _PRECISION)
+        if self._budget is not None:
+            quiet_s = max(quiet_s, self._budget.quiet_s(self._clock()))
+        return quiet_s
 
     def note_saved(self, step: int) -> None:
         """A save of this step began, for whatever reason. Each is followed by one `note_blocked`, in the same order."""
@@ -212,6 +258,20 @@ class Schedule:
         """Training goes on from this step, which is in storage; the loop may have been anywhere before."""
         self._begin_interval(step)
 
+    def _note_call(self, step: int) -> int:
+        """What every call changes, due or not; returns the baseline."""
+        baseline = self._baseline
+        if baseline is None or step < baseline:
+            baseline = self._baseline = step - 1
+        if self._first_step is None:
+            self._first_step = step
+        return baseline
+
+    def _is_crossed(self, step: int, baseline: int) -> bool:
+        """Whether a multiple of the interval in steps was crossed."""
+        every = self._interval_steps
+        return every is not None and step // every > baseline // every
+
     def _begin_interval(self, step: int) -> float:
         """Both intervals begin at this step and at this moment, which is returned."""
         now_s = self._clock()
@@ -228,8 +288,7 @@ class Schedule:
 
     def _periodic_reason(self, step: int, baseline: int) -> str | None:
         """What an interval says, if the budget lets it."""
-        every = self._interval_steps
-        if every is not None and step // every > baseline // every:
+        if self._is_crossed(step, baseline):
             reason = self._steps_reason
         elif self._interval_s is not None and self._elapsed_s() >= self._interval_s:
             reason = self._seconds_reason
@@ -264,6 +323,12 @@ class _Budget:
             return False  # the first save is under way, and will tell what one costs
         self._earn(now_s)
         return self._credit_s >= self._predicted_s
+
+    def quiet_s(self, now_s: float) -> float:
+        """As `Schedule.quiet_s`, for the time until the credit covers a save."""
+        self._earn(now_s)
+        lacking_s = max(0.0, self._predicted_s - self._credit_s)
+        return max(lacking_s / 2, self._predicted_s * _PRECISION) / self._share
 
     def charge(self, now_s: float) -> None:
         """A save begins, and pays the predicted cost."""

@@ -18,7 +18,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -174,8 +174,24 @@ def default_device() -> Device:
 def shard_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[Device]]:
     """Distinct boxes of the array that this process's devices hold, each with those devices."""
     boxes: dict[Box, list[Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        boxes.setdefault(box_of(index, shape), []).append(device)
+    for device, box in local_boxes(sharding, shape):
+        boxes.setdefault(box, []).append(device)
+    return boxes
+
+
+def local_boxes(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Device, Box]]:
+    """This process's devices in the order of an array's own shards, each with the box that it holds."""
+    if sharding.is_fully_addressable or not _is_on_mesh(sharding):
+        indices = sharding.addressable_devices_indices_map(shape)
+        return [(device, box_of(index, shape)) for device, index in indices.items()]
+    # jax would make the slices of all devices of all processes, and keep them.
+    shards = map_shards(sharding, shape)
+    boxes: list[tuple[Device, Box]] = []
+    for number, device in _local_devices(sharding.mesh):
+        place = np.unravel_index(int(shards.shards[number]), shards.grid) if shards.grid else ()
+        lo = tuple(int(at) * size for at, size in zip(place, shards.shard_shape, strict=True))
+        hi = tuple(start + size for start, size in zip(lo, shards.shard_shape, strict=True))
+        boxes.append((device, (lo, hi)))
     return boxes
 
 
@@ -197,6 +213,17 @@ class ShardMap:
     processes: np.ndarray[Any, Any]
 
 
+def is_own_sharding(sharding: Sharding) -> bool:
+    """Whether an array with this sharding is one that each process of a group has for itself.
+
+    It is if it lies on a single device of this process. On a mesh it is one array for all, even if all devices of the
+    mesh belong to this process: the others have none of it, and call it by the same sharding.
+    """
+    if not sharding.is_fully_addressable:
+        return False
+    return isinstance(sharding, SingleDeviceSharding) or jax.process_count() == 1
+
+
 @functools.lru_cache(maxsize=4096)
 def map_shards(sharding: Sharding, shape: tuple[int, ...]) -> ShardMap:
     """The shard of every device of the sharding, those of other processes included.
@@ -205,11 +232,7 @@ def map_shards(sharding: Sharding, shape: tuple[int, ...]) -> ShardMap:
       sharding: Any sharding that has devices and divides the shape.
       shape: Shape of the array.
     """
-    if (
-        isinstance(sharding, NamedSharding)
-        and isinstance(sharding.mesh, Mesh)
-        and not sharding.spec.unreduced
-    ):
+    if _is_on_mesh(sharding):
         mesh = sharding.mesh
         numbered = named_shards(tuple(mesh.shape.items()), sharding.spec.partitions, shape)
         return ShardMap(*numbered, _processes_of(mesh))
@@ -221,6 +244,15 @@ def map_shards(sharding: Sharding, shape: tuple[int, ...]) -> ShardMap:
     shards = places @ np.array(_strides_of(grid), np.int64)
     processes = np.array([device.process_index for device in indices], np.int32)
     return ShardMap(shard_shape, grid, _read_only(shards), _read_only(processes))
+
+
+def _is_on_mesh(sharding: Sharding) -> TypeGuard[NamedSharding]:
+    """Whether the mesh and the partition spec say where everything is."""
+    return (
+        isinstance(sharding, NamedSharding)
+        and isinstance(sharding.mesh, Mesh)
+        and not sharding.spec.unreduced
+    )
 
 
 def named_shards(
@@ -261,6 +293,16 @@ def _number_devices(sizes: tuple[int, ...], steps: tuple[int, ...]) -> np.ndarra
 @functools.lru_cache(maxsize=64)
 def _processes_of(mesh: Mesh) -> np.ndarray[Any, Any]:
     return _read_only(np.array([device.process_index for device in mesh.devices.flat], np.int32))
+
+
+@functools.lru_cache(maxsize=64)
+def _local_devices(mesh: Mesh) -> list[tuple[int, Device]]:
+    """The devices of a mesh that are this process's, each with its number in C order."""
+    return [
+        (number, device)
+        for number, device in enumerate(mesh.devices.flat)
+        if device.process_index == device.client.process_index()
+    ]
 
 
 def _strides_of(grid: tuple[int, ...]) -> list[int]:

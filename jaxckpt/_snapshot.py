@@ -38,7 +38,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, ClassVar, final
 
 import jax
@@ -65,10 +65,17 @@ class HostMemory:
         self._bytes_in_use = 0
         self._idle: list[Buffer] = []
 
-    def reserve(self, nbytes: int, bytes_max: int) -> None:
-        """Waits until so many bytes fit below the cap; a request above the cap passes when nothing else is in use."""
+    def reserve(self, nbytes: int, bytes_max: int, check: Callable[[], None] = lambda: None) -> None:
+        """Waits until so many bytes fit below the cap; a request above the cap passes when nothing else is in use.
+
+        Args:
+          nbytes: How many.
+          bytes_max: The cap.
+          check: Called before each wait; what it raises ends the waiting. See `wake`.
+        """
         with self._changed:
             while self._bytes_in_use and self._bytes_in_use + nbytes > bytes_max:
+                check()
                 self._changed.wait()
             self._bytes_in_use += nbytes
 
@@ -78,9 +85,14 @@ class HostMemory:
             self._bytes_in_use -= nbytes
             self._changed.notify_all()
 
-    def take_buffer(self, nbytes: int, bytes_max: int) -> Buffer:
-        """A buffer for one piece, which stays reserved until `return_buffer`."""
-        self.reserve(nbytes, bytes_max)
+    def wake(self) -> None:
+        """Lets all who wait look whether they still want to."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def take_buffer(self, nbytes: int, bytes_max: int, check: Callable[[], None] = lambda: None) -> Buffer:
+        """A buffer for one piece, which stays reserved until `return_buffer`; waits as `reserve` does."""
+        self.reserve(nbytes, bytes_max, check)
         with self._changed:
             # An earlier save may have had a higher cap: what it left counts against this one's.
             del self._idle[max(bytes_max - self._bytes_in_use, 0) // PIECE_BYTES + 1 :]
@@ -117,9 +129,10 @@ def choose_staging(leaves: Sequence[Leaf], staging: str) -> str:
         return staging
     for leaf in leaves:
         if isinstance(leaf.data, jax.Array):
-            device = next(iter(leaf.data.sharding.addressable_devices))
-            if device.platform != "cpu" and _pinned_sharding(device) is not None:
-                return "pinned"
+            for device in leaf.data.sharding.addressable_devices:
+                if device.platform != "cpu" and _pinned_sharding(device) is not None:
+                    return "pinned"
+                break  # they are all of one kind; none is here when other processes have the whole array
     return "pool"
 
 
@@ -142,6 +155,7 @@ class Snapshot(abc.ABC):
         self._plan = plan
         self._bytes_max = bytes_max
         self._piece_bytes = piece_bytes
+        self._has_failed = False
 
     @abc.abstractmethod
     def stage(self, submit: Submit) -> None:
@@ -151,10 +165,20 @@ class Snapshot(abc.ABC):
     def drain(self, submit: Submit) -> None:
         """Called on the background thread: hands over what `stage` did not."""
 
+    def give_up(self) -> None:
+        """Ends the waiting for memory, for something else has failed."""
+        self._has_failed = True
+        HOST_MEMORY.wake()
+        PINNED_MEMORY.wake()
+
+    def _check_wanted(self) -> None:
+        if self._has_failed:
+            raise SnapshotGivenUpError
+
     def _copy_piece(self, piece: Piece, copy_to: Callable[[Segment, Buffer], None], submit: Submit) -> None:
         """Copies the segments of a piece into a staging buffer and submits that."""
         nbytes = self._piece_bytes
-        buffer = HOST_MEMORY.take_buffer(nbytes, self._bytes_max)
+        buffer = HOST_MEMORY.take_buffer(nbytes, self._bytes_max, self._check_wanted)
         give_back = functools.partial(HOST_MEMORY.return_buffer, buffer, nbytes)
         try:
             for segment in piece.segments:
@@ -335,12 +359,12 @@ class PinnedSnapshot(Snapshot):
         self._pinned_bytes_max = max(bytes_max // 2, 1)
         self._changed = threading.Condition()
         self._parts: dict[tuple[int, int], list[_PinnedPart]] = {}
-        self._has_failed = False
 
     def stage(self, submit: Submit) -> None:
         try:
             with self._staging:
                 with self._line_changed:
+                    self._check_wanted()  # who has given up may have left the line already
                     self._line.append(self)
                     self._line_changed.notify_all()
                 self._stage()
@@ -379,9 +403,9 @@ class PinnedSnapshot(Snapshot):
                 self._copy_piece(piece, self._copy_to, submit)
 
     def give_up(self) -> None:
-        """Releases everything that nobody will write any more."""
+        """As for every snapshot; also releases everything that nobody will write any more."""
+        Snapshot.give_up(self)
         with self._changed:
-            self._has_failed = True
             parts = [part for parts in self._parts.values() for part in parts]
             self._parts.clear()
             self._changed.notify_all()
@@ -392,22 +416,23 @@ class PinnedSnapshot(Snapshot):
     def _stage(self) -> None:
         group: list[tuple[tuple[int, int], Any, Run]] = []
         group_bytes = 0
-        for shard in self._plan.segments_of_shard:
+        for shard, ranges in self._plan.ranges_of_shard.items():
             array = self._shard_array(shard)
             itemsize = np.dtype(array.dtype).itemsize
-            nbytes = math.prod(array.shape) * itemsize
-            if group_bytes + nbytes > self._pinned_bytes_max:
-                self._transfer(group)
-                group, group_bytes = [], 0
-            if nbytes <= self._pinned_bytes_max:
-                group.append((shard, array, whole_run(array.shape, itemsize)))
-                group_bytes += nbytes
-                continue
-            # Two parts of a shard fit, so that one is written while the other is on its way. Waiting for room waits for
-            # the values anyway, so that where the host can view them nothing is copied on the device.
-            source = _host_view(self._leaves[shard[0]].data, shard[1])
-            for run in contiguous_runs(array.shape, itemsize, self._pinned_bytes_max // 2):
-                self._transfer([(shard, source, run)])
+            for run in _runs_of_ranges(ranges, array.shape, itemsize):
+                nbytes = run.hi - run.lo
+                if group_bytes + nbytes > self._pinned_bytes_max:
+                    self._transfer(group)
+                    group, group_bytes = [], 0
+                if nbytes <= self._pinned_bytes_max:
+                    group.append((shard, array, run))
+                    group_bytes += nbytes
+                    continue
+                # Two parts of a shard fit, so that one is written while the other is on its way. Waiting for room waits
+                # for the values anyway, so that where the host can view them nothing is copied on the device.
+                source = _host_view(self._leaves[shard[0]].data, shard[1])
+                for part in contiguous_runs(run.sizes, itemsize, self._pinned_bytes_max // 2):
+                    self._transfer([(shard, source, part.within(run))])
         self._transfer(group)
 
     def _shard_array(self, shard: tuple[int, int]) -> Any:
@@ -431,17 +456,13 @@ class PinnedSnapshot(Snapshot):
     @contextlib.contextmanager
     def _room_for(self, nbytes: int) -> Generator[None]:
         """Waits for memory for copies. They keep it until their last byte is written; a failure gives it back."""
-        PINNED_MEMORY.reserve(nbytes, self._pinned_bytes_max)
+        PINNED_MEMORY.reserve(nbytes, self._pinned_bytes_max, self._check_wanted)
         try:
             self._check_wanted()
             yield
         except BaseException:
             PINNED_MEMORY.release(nbytes)
             raise
-
-    def _check_wanted(self) -> None:
-        if self._has_failed:
-            raise SnapshotGivenUpError
 
     def _wait_for(self, shard: tuple[int, int], at: int) -> _PinnedPart:
         """The part that holds a byte of a shard, once it is there."""
@@ -477,6 +498,22 @@ class PinnedSnapshot(Snapshot):
             if not parts:
                 del self._parts[shard]
         PINNED_MEMORY.release(part.hi - part.lo)
+
+
+def _runs_of_ranges(
+    ranges: Sequence[tuple[int, int]], shape: tuple[int, ...], itemsize: int
+) -> Iterator[Run]:
+    """The boxes of a shard that ranges of its bytes make up; its whole, mostly."""
+    nbytes = math.prod(shape) * itemsize
+    for lo, hi in ranges:
+        if (lo, hi) == (0, nbytes):
+            yield whole_run(shape, itemsize)
+            continue
+        at = lo
+        for box in flat_boxes(lo // itemsize, hi // itemsize, shape):
+            end = at + math.prod(stop - start for start, stop in zip(*box, strict=True)) * itemsize
+            yield Run(at, end, box)
+            at = end
 
 
 def _copies_on_host(arrays: list[Any]) -> list[Any]:

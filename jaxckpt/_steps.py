@@ -188,10 +188,10 @@ class StepDirectory:
 
     # --- changes ----------------------------------------------------------------------------------------------
 
-    def begin(self, step: int) -> Store:
-        """Where a step will be saved; not swept until `end`."""
+    def begin(self, step: int, name: str = "") -> Store:
+        """Where a step will be saved, in the directory of that name if one is given; not swept until `end`."""
         try:
-            store = self.store_of(step)
+            store = self._store.child(name) if name else self.store_of(step)
         except OSError:  # the save will meet it too, and say so
             store = self.usual_store_of(step)
         with self._sweep_lock:

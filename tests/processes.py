@@ -21,6 +21,8 @@ Nothing outlives a test: leaving the ``with`` kills what still runs, and if the 
 zygote sees its socket closed and kills its workers. Everything is signalled through a descriptor of the process that
 was started, so no other process can be hit.
 
+Where no jax is needed, `run_threads` has threads play the processes, with a `MemoryService` between them.
+
 With two and more devices in a process, several collective programs in flight hang (the CPU client has no thread for
 each device): such a function calls `block_until_ready` after each.
 """
@@ -42,6 +44,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -49,6 +52,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
+
+from jaxckpt._errors import CoordinationError
+from jaxckpt._processes import Channel, Group
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -393,13 +399,14 @@ def serve(descriptor: int) -> None:
 
     jax.config.update("jax_platforms", "cpu")
     connection = socket.socket(fileno=descriptor)
-    children: set[int] = set()
+    # With the barrier of its group: the next one would get its memory if it were dropped while the group runs.
+    children: dict[int, Barrier] = {}
     try:
         while True:
             word, value = _receive(connection)
             if word == "reap":
                 _, status = os.waitpid(value, 0)
-                children.discard(value)
+                children.pop(value, None)
                 _send(connection, ("done", os.waitstatus_to_exitcode(status)))
                 continue
             _, descriptors, _, _ = socket.recv_fds(connection, 1, value.count)
@@ -408,11 +415,12 @@ def serve(descriptor: int) -> None:
                 assert not xla_bridge.backends_are_initialized(), (
                     f"{value.module} touches devices when imported"
                 )
-                pids = _fork_all(value, descriptors, connection)
+                barrier = multiprocessing.get_context("fork").Barrier(value.count)
+                pids = _fork_all(value, descriptors, connection, barrier)
             except Exception:  # noqa: BLE001  the test shall see it
                 _send(connection, ("failed", traceback.format_exc()))
             else:
-                children.update(pids)
+                children.update(dict.fromkeys(pids, barrier))
                 _send(connection, ("done", pids))
             finally:
                 for each in descriptors:
@@ -422,8 +430,9 @@ def serve(descriptor: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _fork_all(job: _Job, descriptors: list[int], zygote_connection: socket.socket) -> list[int]:
-    barrier = multiprocessing.get_context("fork").Barrier(job.count)
+def _fork_all(
+    job: _Job, descriptors: list[int], zygote_connection: socket.socket, barrier: Barrier
+) -> list[int]:
     # Held until all are forked and inherited by them: no other program is given this port meanwhile. The service
     # binds with the same option.
     port_holder = socket.socket(socket.AF_INET6)
@@ -513,3 +522,106 @@ def _if_picklable(error: BaseException) -> BaseException | None:
         return pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  whatever its class does when it is copied
         return None
+
+
+# --- processes played by threads ----------------------------------------------------------------------------------
+
+
+class MemoryService:
+    """A coordination service between threads: what jax.distributed offers, without jax.
+
+    Attributes:
+      values: All keys and values.
+      calls: Each call so far: index of the process, name of the method, key or prefix.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.calls: list[tuple[int, str, str]] = []
+        self.changed = threading.Condition()
+        self._cut_off: set[int] = set()
+
+    def cut_off(self, index: int) -> None:
+        """Lets every further call of this process fail."""
+        with self.changed:
+            self._cut_off.add(index)
+            self.changed.notify_all()
+
+    def note(self, index: int, method: str, key: str) -> None:
+        """Counts a call of a process, and refuses it if the process is cut off. The caller holds the condition."""
+        self.calls.append((index, method, key))
+        self.changed.notify_all()
+        if index in self._cut_off:
+            raise CoordinationError(f"process {index} is cut off")
+
+    def await_call(self, index: int, method: str, timeout_s: float = 30) -> None:
+        """Waits until a process has called a method."""
+        with self.changed:
+            assert self.changed.wait_for(
+                lambda: any(call[:2] == (index, method) for call in self.calls), timeout_s
+            )
+
+
+class MemoryChannel(Channel):
+    """One thread's way to the service."""
+
+    def __init__(self, service: MemoryService, index: int, count: int) -> None:
+        self.index = index
+        self.count = count
+        self._service = service
+
+    def put(self, key: str, value: bytes) -> bool:
+        with self._service.changed:
+            self._service.note(self.index, "put", key)
+            is_new = key not in self._service.values
+            self._service.values.setdefault(key, value)
+            return is_new
+
+    def wait_for(self, key: str, timeout_s: float) -> bytes | None:
+        with self._service.changed:
+            self._service.note(self.index, "wait_for", key)
+            self._service.changed.wait_for(lambda: key in self._service.values, timeout_s)
+            return self._service.values.get(key)
+
+    def look(self, key: str) -> bytes | None:
+        with self._service.changed:
+            self._service.note(self.index, "look", key)
+            return self._service.values.get(key)
+
+    def listing(self, prefix: str) -> dict[str, bytes]:
+        with self._service.changed:
+            self._service.note(self.index, "listing", prefix)
+            return {key: value for key, value in self._service.values.items() if key.startswith(prefix)}
+
+    def delete(self, prefix: str) -> None:
+        with self._service.changed:
+            self._service.note(self.index, "delete", prefix)
+            for key in [key for key in self._service.values if key.startswith(prefix)]:
+                del self._service.values[key]
+
+
+def memory_groups(count: int, service: MemoryService | None = None) -> list[Group]:
+    """The group as each of its processes sees it."""
+    service = service or MemoryService()
+    return [Group(MemoryChannel(service, index, count)) for index in range(count)]
+
+
+def run_threads(
+    groups: Sequence[Group], function: Callable[[Group], Any], timeout_s: float = 60
+) -> list[Outcome]:
+    """Calls ``function(group)`` for each group in a thread of its own and waits until all have ended."""
+    outcomes: list[Outcome] = [Outcome("stuck")] * len(groups)
+
+    def run(place: int) -> None:
+        try:
+            outcomes[place] = Outcome("returned", value=function(groups[place]))
+        except BaseException as error:  # noqa: BLE001  the test shall see whatever it is
+            outcomes[place] = Outcome("raised", error=error, error_text=traceback.format_exc())
+
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(groups))]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return list(outcomes)

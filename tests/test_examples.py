@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import statistics
 import subprocess
@@ -161,3 +162,40 @@ def test_a_run_that_is_killed_and_one_that_is_told_to_stop_resume_with_the_same_
     resumed = run_to_the_end(example, directory)
     assert_part_of(resumed, losses)
     assert list(resumed) == list(range(max(stopped) + 1, STEPS + 1))
+
+
+# --- several processes ----------------------------------------------------------------------------------------
+
+
+def test_a_job_of_four_processes_that_lost_one_goes_on_with_two() -> None:
+    """The example compares every shard itself, and ends whatever it started."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = str(ROOT)
+    script = ROOT / "examples" / "multiprocess.py"
+    result = subprocess.run(
+        [sys.executable, script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PROGRAM_TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    newest = re.search(r"the newest committed checkpoint is that of step (\d+)", result.stdout)
+    assert newest is not None
+    assert int(newest[1]) >= 15  # the save of step 20 may still have been running
+    assert f"resumed from step {newest[1]}: every shard is what the four had in memory" in result.stdout
+    assert "steps 30, 35, 40 are there, and step 40 is whole" in result.stdout
+
+
+def test_every_variable_that_the_page_about_many_processes_names_is_one_that_jax_reads() -> None:
+    page = (ROOT / "MULTIPROCESS.md").read_text()
+    named = set(re.findall(r"`((?:SLURM|JAX|KUBERNETES|OMPI|JOB)_[A-Z_a-z]+|HOSTNAME)`", page))
+    (folder,) = importlib.util.find_spec("jax").submodule_search_locations
+    sources = [
+        *pathlib.Path(folder, "_src", "clusters").glob("*.py"),
+        pathlib.Path(folder, "_src", "distributed.py"),
+    ]
+    read = set(re.findall(r"['\"](\w+)['\"]", "\n".join(file.read_text() for file in sources)))
+    assert len(named) >= 12
+    assert named - read == set()

@@ -497,7 +497,7 @@ def test_a_late_deletion_waits_until_the_next_save_is_durable(path: pathlib.Path
     manager = CheckpointManager(LocalStore(str(path), kernel=storage), max_to_keep=1)
     manager.save(0, tree_of(0))
     manager.wait()
-    with manager._tidy_lock:
+    with manager._keeper.tidy_lock:
         first = manager.save(1, tree_of(1))
         assert first is not None
         first.wait(60)

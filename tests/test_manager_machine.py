@@ -681,7 +681,7 @@ class ManagerMachine(RuleBasedStateMachine):
             if self.disk.is_dead:
                 self.bury()
             elif self.mind.last_step == step and step not in self.saved:
-                self.mind.last_step = self.manager._last_step  # depends on how far it came
+                self.mind.last_step = self.manager._keeper.last_step  # depends on how far it came
         else:
             del self.saved[step]
             self.mind.damaged.discard(step)

@@ -30,7 +30,9 @@ def values(shape: tuple[int, ...], start: int = 0) -> np.ndarray[Any, Any]:
 
 
 def place(array: np.ndarray[Any, Any], mesh: Mesh, spec: P) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+    return jax.make_array_from_callback(
+        array.shape, NamedSharding(mesh, spec), lambda index: array[index], dtype=array.dtype
+    )
 
 
 def make_tree(mesh: Mesh) -> dict[str, Any]:
@@ -95,3 +97,195 @@ def test_a_tree_is_saved_by_many_and_restored_by_others(path: pathlib.Path, coun
     for other in (1, 2, 4):
         outcomes = run_processes(restore_tree, other, devices=devices, arguments=(str(path),))
         assert [outcome.error_text for outcome in outcomes] == [""] * other
+
+
+# --- what each process has for itself -------------------------------------------------------------------------
+
+
+class Position:
+    """A data iterator, as far as a checkpoint knows it."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def get_state(self) -> int:
+        return self.at
+
+    def set_state(self, state: int) -> None:
+        self.at = state
+
+
+def own_tree(index: int, mesh: Mesh) -> dict[str, Any]:
+    return {
+        "key": jax.random.key(index),
+        "seed": 100 + index,
+        "table": values((4, 3), index),
+        "same": values((6,)),
+        "local": jax.device_put(values((3, 2), 10 * index), jax.local_devices()[-1]),
+        "rows": place(values((64, 96)), mesh, P("x")),
+    }
+
+
+def save_own(worker: Worker, path: str) -> None:
+    index = worker.index
+    tree = own_tree(index, global_mesh())
+    items = {"data": Position(index * 11), "name": f"process {index}"}
+    pending = jaxckpt.save_async(path, tree, items=items, options=OPTIONS)
+    tree["table"][:] = -1
+    pending.wait()
+
+
+def restore_own(worker: Worker, path: str, saved_by: int) -> None:
+    mesh = global_mesh()
+    index = worker.index if worker.index < saved_by else 0
+    want = own_tree(index, mesh)
+    position = Position(-1)
+    tree = jaxckpt.restore(path, own_tree(99, mesh), items={"data": position})
+    assert tree["seed"] == 100 + index
+    np.testing.assert_array_equal(tree["table"], want["table"])
+    np.testing.assert_array_equal(tree["same"], want["same"])
+    np.testing.assert_array_equal(np.asarray(tree["local"]), np.asarray(want["local"]))
+    np.testing.assert_array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(want["key"]))
+    assert position.at == index * 11
+    assert jaxckpt.open(path).items["name"] == f"process {index}"
+
+
+def test_each_process_gets_back_what_it_had_for_itself(path: pathlib.Path) -> None:
+    check(run_processes(save_own, 4, arguments=(str(path),)))
+    for count in (4, 2, 8):
+        check(run_processes(restore_own, count, arguments=(str(path), 4)))
+    assert jaxckpt.verify(path).ok
+    assert jaxckpt.restore(path)["seed"] == 100
+
+
+def check(outcomes: list[Any]) -> list[Any]:
+    """All returned; what they returned."""
+    assert [outcome.error_text for outcome in outcomes] == [""] * len(outcomes)
+    assert [outcome.status for outcome in outcomes] == ["returned"] * len(outcomes)
+    return [outcome.value for outcome in outcomes]
+
+
+# --- without shared storage -----------------------------------------------------------------------------------
+
+
+def save_local(worker: Worker, path: str) -> None:
+    jaxckpt.save(path, make_tree(global_mesh()), local=True, options=OPTIONS)
+
+
+def restore_local(worker: Worker, path: str) -> None:
+    mesh = global_mesh()
+    assert_tree_is_right(jaxckpt.restore(path), mesh)
+    assert_tree_is_right(jaxckpt.restore(path, mesh=mesh), mesh)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_each_process_keeps_its_own_shards_where_there_is_no_shared_storage(
+    path: pathlib.Path, devices: int
+) -> None:
+    check(run_processes(save_local, 4, devices=devices, arguments=(str(path),)))
+    assert sorted(entry.name for entry in path.iterdir()) == [f"process-{index}" for index in range(4)]
+    check(run_processes(restore_local, 4, devices=devices, arguments=(str(path),)))
+    for index in range(4):
+        assert jaxckpt.verify(path / f"process-{index}").ok
+    outcomes = run_processes(restore_local, 2, devices=devices, arguments=(str(path),))
+    for outcome in outcomes:
+        assert isinstance(outcome.error, jaxckpt.MismatchError)
+        assert "restore with 4 processes on the same mesh" in str(outcome.error)
+
+
+# --- who writes and reads how much ----------------------------------------------------------------------------
+
+
+def mixed_tree(columns: int) -> dict[str, Any]:
+    mesh = global_mesh(columns)
+    first = Mesh(np.array(jax.devices()[: len(jax.devices()) // 2], dtype=object), ("x",))
+    return {
+        "both axes": place(values((64, 640), 1), mesh, P("x", "y")),
+        "partly replicated": place(values((64, 4096), 2), mesh, P("y")),
+        "replicated": place(values((1024, 1024), 3), mesh, P()),
+        "a tuple of axes": place(values((256, 1030), 4), mesh, P(("y", "x"))),
+        "half of the processes": place(values((16, 1000), 5), first, P("x")),
+        "small": [place(values((7, number + 1), number), mesh, P()) for number in range(40)],
+        "key": jax.random.wrap_key_data(
+            place(values((8, 2)).astype(np.uint32), mesh, P("x" if columns == 1 else None))
+        ),
+        "empty": place(values((8, 0)), mesh, P("x")),
+        "scalar": place(np.float32(3.5), mesh, P()),
+    }
+
+
+MIXED = {
+    "both axes": values((64, 640), 1),
+    "partly replicated": values((64, 4096), 2),
+    "replicated": values((1024, 1024), 3),
+    "a tuple of axes": values((256, 1030), 4),
+    "half of the processes": values((16, 1000), 5),
+}
+
+
+def save_mixed(worker: Worker, path: str, columns: int) -> tuple[int, int]:
+    pending = jaxckpt.save_async(path, mixed_tree(columns), options=OPTIONS)
+    info = pending.wait(30)
+    return info.bytes_written, info.nbytes
+
+
+def restore_mixed(worker: Worker, path: str, columns: int) -> tuple[int, int]:
+    like = mixed_tree(columns)
+    tree, report = jaxckpt.restore(path, like, exchange=False, report=True)
+    for got, want in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+        if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
+            got, want = jax.random.key_data(got), jax.random.key_data(want)
+        assert got.sharding == want.sharding
+        assert addressable_bytes(got) == addressable_bytes(want)
+    return report.nbytes, report.group_bytes_read
+
+
+@pytest.mark.parametrize(("count", "devices", "columns"), [(2, 2, 2), (4, 1, 1), (4, 2, 4), (8, 1, 2)])
+def test_all_kinds_of_shardings_are_written_once_by_all_alike(
+    path: pathlib.Path, count: int, devices: int, columns: int
+) -> None:
+    written = check(run_processes(save_mixed, count, devices=devices, arguments=(str(path), columns)))
+    total = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    nbytes = written[0][1]
+    assert nbytes <= total <= 1.02 * nbytes
+    by_process = [bytes_written for bytes_written, _ in written]
+    assert max(by_process) <= 1.2 * sum(by_process) / count
+    assert jaxckpt.verify(path).ok
+    tree = jaxckpt.restore(path)
+    for key, expected in MIXED.items():
+        assert np.asarray(tree[key]).tobytes() == expected.tobytes()
+    check(run_processes(restore_mixed, count, devices=devices, arguments=(str(path), columns)))
+    check(run_processes(restore_mixed, 2, devices=4, arguments=(str(path), columns)))
+
+
+def save_rows(worker: Worker, path: str) -> None:
+    mesh = global_mesh()
+    tree = {str(number): place(values((1024, 1024), number), mesh, P("x")) for number in range(4)}
+    jaxckpt.save(path, tree, options=OPTIONS)
+
+
+def restore_rows(worker: Worker, path: str) -> tuple[int, int, int]:
+    _, report = jaxckpt.restore(path, mesh=global_mesh(), report=True)
+    return report.nbytes, report.bytes_read, report.group_bytes_read
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_a_process_reads_what_its_devices_need(path: pathlib.Path, count: int) -> None:
+    check(run_processes(save_rows, 4, arguments=(str(path),)))
+    reports = check(run_processes(restore_rows, count, arguments=(str(path),)))
+    nbytes = reports[0][0]
+    assert sum(read for _, read, _ in reports) <= 1.1 * nbytes
+    assert {group for _, _, group in reports} == {sum(read for _, read, _ in reports)}
+
+
+def save_staged(worker: Worker, path: str) -> None:
+    options = jaxckpt.SaveOptions(staging="pinned", host_bytes_max=1 << 23, pack_bytes_max=1 << 16)
+    jaxckpt.save_async(path, mixed_tree(1), options=options).wait()
+
+
+def test_only_the_owned_part_of_a_replicated_shard_passes_through_staging(path: pathlib.Path) -> None:
+    check(run_processes(save_staged, 4, arguments=(str(path),)))
+    assert jaxckpt.verify(path).ok
+    tree = jaxckpt.restore(path)
+    for key, expected in MIXED.items():
+        assert np.asarray(tree[key]).tobytes() == expected.tobytes()

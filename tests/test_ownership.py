@@ -415,9 +415,17 @@ def chunk_bytes_of(leaf: LeafExtent, share: Share | None) -> int:
 
 def test_shards_that_one_process_holds_are_cut_as_if_it_were_alone():
     mesh = fake_mesh({"data": 4, "model": 2}, 2)
-    leaf = named_leaf(mesh, P("data"), (8192, 1024))
+    leaf = named_leaf(mesh, P("data"), (32768, 1024))
     (share,) = plan([leaf], 4)
-    assert chunk_bytes_of(leaf, share) == 8 * MIB
+    assert chunk_bytes_of(leaf, share) == 32 * MIB
+
+
+def test_small_shards_are_cut_where_a_sharding_over_more_devices_divides_them():
+    mesh = fake_mesh({"data": 4}, 1)
+    leaves = [named_leaf(mesh, P("data"), (4 * rows, 1024)) for rows in (2048, 100, 101, 40)]
+    leaves.append(named_leaf(mesh, P(None, "data"), (64, 65536)))
+    shares = plan(leaves, 4)
+    assert [share.chunk_shape[0] for share in shares if share is not None] == [256, 50, 101, 40, 64]
 
 
 def test_a_replicated_shard_is_cut_no_finer_than_allowed():

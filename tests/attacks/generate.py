@@ -127,6 +127,31 @@ def attack(make: Callable[[Fields], bytes | None]) -> Callable[[Fields], bytes |
     return make
 
 
+def of_two_processes(fields: Fields) -> None:
+    """Makes of the manifest that of a checkpoint which two processes wrote, with a part of each."""
+    fields.update(
+        features=["parts"],
+        parts=[[300, bytes(16), 1, 4096], [300, bytes(16), 2, 8192]],
+        owners=[struct.pack("<2H", 0, 1), struct.pack("<H", 1)],
+        owner_index=struct.pack("<6i", 0, 1, 1, 1, -1, 1),
+        packs=[],
+        chunk_pack=b"",
+        chunk_offset=b"",
+        chunk_length=b"",
+        checksums=b"",
+    )
+
+
+def of_process_0_alone(fields: Fields) -> None:
+    """Makes of the manifest that of what process 0 of two kept for itself; the whole of it, as it happens."""
+    fields.update(
+        features=["local"],
+        local=[0, 2],
+        owners=[bytes(4), bytes(2)],
+        owner_index=struct.pack("<6i", 0, 1, 1, 1, -1, 1),
+    )
+
+
 def one_leaf(fields: Fields, spec: Fields, **more: Any) -> None:
     """Reduces the manifest to one leaf without chunks, of this spec."""
     fields.update(
@@ -659,6 +684,147 @@ def other_block_size(fields: Fields) -> None:
 @attack
 def other_checksum(fields: Fields) -> None:
     fields["checksum"] = "crc32"
+
+
+@attack
+def no_parts(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["parts"] = []
+
+
+@attack
+def more_parts_than_processes_can_be(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["parts"] = [None] * 65_536
+
+
+@attack
+def part_of_an_exabyte(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["parts"][1][0] = 2**60
+
+
+@attack
+def part_with_a_short_checksum(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["parts"][1][1] = bytes(15)
+
+
+@attack
+def part_with_negative_bytes(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["parts"][1][3] = -4096
+
+
+@attack
+def part_with_a_path(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["parts"][1].insert(0, "../../etc/passwd")
+
+
+@attack
+def parts_beside_a_table(fields: Fields) -> None:
+    table = {
+        name: fields[name] for name in ("packs", "chunk_pack", "chunk_offset", "chunk_length", "checksums")
+    }
+    of_two_processes(fields)
+    fields.update(table)
+
+
+@attack
+def parts_without_owners(fields: Fields) -> None:
+    of_two_processes(fields)
+    del fields["owners"]
+
+
+@attack
+def parts_kept_alone(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields.update(features=["parts", "local"], local=[0, 2])
+
+
+@attack
+def owner_that_is_not_there(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owners"][0] = struct.pack("<2H", 0, 2)
+
+
+@attack
+def chunk_that_nobody_owns(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owners"][0] = struct.pack("<2H", 0, 65535)
+
+
+@attack
+def owners_of_half_a_number(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owners"][0] = bytes(3)
+
+
+@attack
+def owners_of_a_chunk_too_many(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owners"][0] = bytes(6)
+
+
+@attack
+def owners_for_another_leaf(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owner_index"] = struct.pack("<6i", 0, 0, 1, 1, -1, 1)
+
+
+@attack
+def owners_for_a_value(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owner_index"] = struct.pack("<6i", 0, 1, 1, 1, 1, 1)
+
+
+@attack
+def leaf_without_owners(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owner_index"] = struct.pack("<6i", -1, 1, 1, 1, -1, 1)
+
+
+@attack
+def owners_beyond_the_last_column(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owner_index"] = struct.pack("<6i", 0, 1, 1, 1, -1, 2)
+
+
+@attack
+def owners_before_the_first_column(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["owner_index"] = struct.pack("<6i", 0, 1, 1, 1, -1, -2)
+
+
+@attack
+def grid_of_2_to_the_62_owners(fields: Fields) -> None:
+    of_two_processes(fields)
+    fields["specs"][0] |= {"shape": [2**31, 2**30], "chunk_shape": [1, 1]}
+
+
+@attack
+def kept_by_a_process_beyond_the_last(fields: Fields) -> None:
+    of_process_0_alone(fields)
+    fields["local"] = [2, 2]
+
+
+@attack
+def kept_by_one_of_a_million(fields: Fields) -> None:
+    of_process_0_alone(fields)
+    fields["local"] = [0, 1_000_000]
+
+
+@attack
+def kept_chunk_of_another_owner(fields: Fields) -> None:
+    of_process_0_alone(fields)
+    fields["owners"][0] = struct.pack("<2H", 0, 1)
+
+
+@attack
+def kept_chunk_that_has_no_row(fields: Fields) -> None:
+    of_process_0_alone(fields)
+    fields["owners"][0] = struct.pack("<2H", 0, 65535)
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxckpt
 from tests.helpers import make_mesh
+from tests.processes import Worker, run_processes
 
 DEVICES = 8
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -198,13 +199,43 @@ def make_containers() -> Any:
     }
 
 
+def make_spanning() -> Any:
+    """Arrays over the devices of several processes, and what each process has for itself."""
+    mesh = make_mesh({"data": 4, "model": 2})
+    half = make_mesh({"x": 4})
+
+    def put(array: np.ndarray, *spec: Any, mesh: Mesh = mesh) -> jax.Array:
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.make_array_from_callback(
+            array.shape, sharding, lambda index: array[index], dtype=array.dtype
+        )
+
+    return {
+        "rows": put(np.arange(96, dtype=np.float32).reshape(16, 6), "data"),
+        "columns": put(np.arange(64, dtype=np.int16).reshape(4, 16), None, ("model", "data")),
+        "grid": put(np.arange(192, dtype=np.uint8).reshape(8, 6, 4), "data", "model"),
+        "replicated": put(np.arange(7, dtype=np.float32)),
+        "half": put(bits("bfloat16", 32).reshape(8, 4), "x", mesh=half),
+        "opaque": put(bits("float8_e4m3", 16), ("data", "model")),
+        "zero_size": put(np.zeros((0, 8), np.float32), None, "data"),
+        "keys": jax.random.wrap_key_data(put(bits("uint32", 16).reshape(8, 2), "data"), impl="threefry2x32"),
+        "host": np.arange(5, dtype=np.int64),
+        "step": 7,
+        "process": jax.process_index(),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One checkpoint: what makes its tree, and how it was cut."""
+    """One checkpoint: what makes its tree, how it was cut, and how many processes wrote it.
+
+    Several processes also have an item each.
+    """
 
     make: Callable[[], Any]
     options: jaxckpt.SaveOptions
     metadata: Any = None
+    processes: int = 1
 
 
 IN_PACKS = jaxckpt.SaveOptions()
@@ -220,7 +251,39 @@ TREES = {
     "containers": Golden(make_containers, IN_PACKS),
     "root-leaf": Golden(lambda: np.arange(6.0).reshape(2, 3), IN_OBJECTS),
     "empty": Golden(dict, IN_PACKS),
+    "four-processes": Golden(
+        make_spanning, jaxckpt.SaveOptions(pack_bytes_max=33, chunk_bytes_max=64), processes=4
+    ),
 }
+
+
+def write(name: str, root: pathlib.Path) -> None:
+    """Writes one of the checkpoints below a directory."""
+    golden = TREES[name]
+    if golden.processes == 1:
+        jaxckpt.save(root / name, golden.make(), options=golden.options, metadata=golden.metadata)
+        return
+    outcomes = run_processes(
+        write_together,
+        golden.processes,
+        devices=DEVICES // golden.processes,
+        arguments=(name, str(root)),
+    )
+    failures = [outcome.error_text or outcome.status for outcome in outcomes if outcome.status != "returned"]
+    if failures:
+        raise RuntimeError(failures[0])
+
+
+def write_together(worker: Worker, name: str, root: str) -> None:
+    """What each of several processes does."""
+    golden = TREES[name]
+    jaxckpt.save(
+        pathlib.Path(root, name),
+        golden.make(),
+        options=golden.options,
+        metadata=golden.metadata,
+        items={"process": worker.index},
+    )
 
 
 def checksums() -> dict[str, str]:
@@ -234,9 +297,9 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={DEVICES}"  # before JAX looks for devices
     )
-    for name, golden in TREES.items():
+    for name in TREES:
         shutil.rmtree(ROOT / name, ignore_errors=True)
-        jaxckpt.save(ROOT / name, golden.make(), options=golden.options, metadata=golden.metadata)
+        write(name, ROOT)
     CHECKSUMS.write_text(json.dumps(checksums(), indent=1) + "\n")
 
 

@@ -1,0 +1,157 @@
+"""What if processes of a group have different values in leaves that each has for itself?
+
+NumPy arrays, Python numbers and arrays on a process's own devices are in every process's tree, and mostly equal: a step
+counter, a learning rate. Process 0 writes them, as the one copy of the checkpoint. But some differ on purpose, such as
+a random key for each process. Saving one and giving it back to all would be a silent loss. So:
+
+1. `OwnLeaves` takes the values on the caller's thread: small copies, since the tree may change afterwards.
+2. Digests of them travel. Where all are equal, which is nearly always, nothing more happens.
+3. A process whose leaf has another value than process 0's keeps its own, in an object of its own, ``own/<process>``.
+4. A restore in a process with that index gives it back; everybody else gets the value of process 0.
+
+Copies are bounded. A leaf beyond the bound is compared, but not kept: if it differs, the save fails and says so.
+
+Deliberately not here: arrays that span processes, of which there is one value by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import jax
+import msgpack
+import numpy as np
+import xxhash
+
+from ._errors import CorruptError, Problem, UnsupportedLeafError
+from ._leaves import Leaf
+from ._manifest import Manifest, decode_value, unpack
+
+# Bytes of copies that a process takes, over all its own leaves: enough for keys, counters and tables.
+OWN_BYTES_MAX = 32 << 20
+
+_DIGEST_BYTES = 16
+
+
+@final
+class OwnLeaves:
+    """The leaves that this process has for itself, with their values of this moment."""
+
+    def __init__(self, keys: Sequence[str], leaves: Sequence[Leaf]) -> None:
+        self._keys = keys
+        self._numbers: list[int] = []
+        # Records of values, copies of arrays, or the digest of what is too large to copy.
+        self._values: list[Any] = []
+        room = OWN_BYTES_MAX
+        on_devices: list[tuple[int, jax.Array]] = []
+        for number, leaf in enumerate(leaves):
+            extent = leaf.template.extent
+            if extent is not None and extent.shards is not None:
+                continue
+            self._numbers.append(number)
+            if leaf.data is None:
+                self._values.append(leaf.value)
+                continue
+            room -= leaf.template.spec.nbytes
+            is_kept = room >= 0
+            if isinstance(leaf.data, np.ndarray):
+                self._values.append(_stored_bytes(leaf.data) if is_kept else _digest_of(leaf.data))
+            elif is_kept:
+                on_devices.append((len(self._values), leaf.data))
+                self._values.append(None)
+            else:
+                self._values.append(_TOO_LARGE)
+        arrays = [array for _, array in on_devices]
+        # Disposable copies, made by one call that waits for nothing; their values are read in the background.
+        copies = (
+            jax.device_put(arrays, [array.sharding for array in arrays], may_alias=False) if arrays else []
+        )
+        for (place, _), copy in zip(on_devices, copies, strict=True):
+            self._values[place] = copy
+
+    def digests(self) -> bytes:
+        """A digest of each value, side by side; waits for those on devices."""
+        self._values = [
+            _stored_bytes(value) if isinstance(value, jax.Array) else value for value in self._values
+        ]
+        return b"".join(map(_digest_of, self._values))
+
+    def encode_different(self, theirs: bytes) -> bytes | None:
+        """The bytes that hold the values which differ from process 0's, or None.
+
+        Args:
+          theirs: What `digests` says there.
+
+        Raises:
+          UnsupportedLeafError: Some of them are too large to be kept.
+        """
+        mine = self.digests()
+        different = [
+            place
+            for place in range(len(self._numbers))
+            if mine[place * _DIGEST_BYTES :][:_DIGEST_BYTES]
+            != theirs[place * _DIGEST_BYTES :][:_DIGEST_BYTES]
+        ]
+        problems = [
+            Problem(
+                self._keys[self._numbers[place]],
+                "leaf",
+                f"has another value here than in process 0, and with it more than {OWN_BYTES_MAX} bytes differ; make it"
+                " an array that spans the processes",
+            )
+            for place in different
+            if isinstance(self._values[place], _Digest)
+        ]
+        if problems:
+            raise UnsupportedLeafError(str(problems[0]), problems)
+        if not different:
+            return None
+        entries = [[self._numbers[place], self._values[place]] for place in different]
+        return bytes(msgpack.packb(entries, unicode_errors="surrogatepass") or b"")
+
+
+class _Digest(bytes):
+    """Stands for a value that was not copied."""
+
+
+# Arrays of devices that are too large to be copied are not compared either.
+_TOO_LARGE = _Digest(_DIGEST_BYTES)
+
+
+def _stored_bytes(array: Any) -> bytes:
+    return np.asarray(array).tobytes()
+
+
+def _digest_of(value: Any) -> _Digest:
+    if isinstance(value, _Digest):
+        return value
+    if isinstance(value, np.ndarray):
+        value = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    elif not isinstance(value, bytes):
+        value = bytes(msgpack.packb(value, unicode_errors="surrogatepass") or b"")
+    return _Digest(xxhash.xxh3_128_digest(value))
+
+
+def decode_own_leaves(data: bytes, manifest: Manifest, name: str) -> dict[int, Any]:
+    """By the number of the leaf: the record of a value, or the bytes of an array.
+
+    Raises:
+      CorruptError: They are not what the leaves need.
+    """
+    own: dict[int, Any] = {}
+    try:
+        for leaf, value in unpack(data):
+            spec = manifest.spec(leaf)
+            if type(leaf) is not int or leaf < 0:
+                raise ValueError("a bad number of a leaf")
+            if spec.kind == "value":
+                decode_value(value)
+            elif not isinstance(value, bytes) or len(value) != spec.nbytes:
+                raise ValueError("a leaf of the wrong length")
+            own[leaf] = value
+    except Exception as error:  # hostile data can make Python raise almost anything
+        message = f"object {name}: it is malformed: {type(error).__name__}: {str(error)[:200]}"
+        problem = Problem(None, "object", message)
+        raise CorruptError(f"cannot read the checkpoint: {problem}", [problem]) from error
+    return own
