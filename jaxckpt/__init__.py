@@ -24,6 +24,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _snapshot     device -> host, within a bound on host memory
     _persist      threads that checksum and write
     _commit       when a checkpoint exists, and why no crash leaves half of one
+    _individual   leaves that each process has for itself, where they differ
     _ownership    which process writes which chunk; pure
     _matching     which saved leaf goes where: select, rename, like
     _resharding   which bytes must be read for which boxes; reading and verifying them

@@ -165,7 +165,7 @@ class CheckpointCallback:
             return
         self._announce()
         if self._after_save:
-            pass
+            self._is_asked_to_stop = self._manager.hear_first(self._is_asked_to_stop)
 
     def _announce(self) -> None:
         """Tells the listeners of what was committed since the last call."""

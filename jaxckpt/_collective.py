@@ -44,9 +44,9 @@ from ._errors import (
     list_problems,
     printable_key,
 )
+from ._individual import OwnLeaves
 from ._leaves import Template
 from ._manifest import PartEntry, StoredObject
-from ._own_leaves import OwnLeaves
 from ._processes import Group, Session
 from ._shardings import describe_sharding, format_sharding
 from ._store import Store

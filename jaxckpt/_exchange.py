@@ -17,10 +17,10 @@ all of it. So it is cut in another way, one *slab* for each device, such that no
    them, and the others add zeros.
 3. How it moves (`_Layout`, `compile_move`). A program works on one order of devices, so the slabs lie on the mesh of
    the target, whose axes are split into prime factors: every cut is a partition spec of that mesh. The program goes to
-   the target in steps, each of which XLA can make with one collective: first it joins what is to be replicated, then
-   it moves one axis after the other. Left to itself XLA falls back to a copy of the leaf on every device. All programs
-   are compiled before anything is read; a leaf whose program wants more device memory than allowed is read by each
-   process.
+   the target in steps, each of which is one collective (`_Layout.steps`). Left to itself XLA falls back to a copy of
+   the leaf on every device, or, in some versions, ends the program where axes of different sizes change places. All
+   programs are compiled before anything is read; a leaf whose program wants more device memory than allowed is read by
+   each process.
 4. Elements travel as unsigned words, for some platforms move small floats through larger ones, which changes NaNs.
    They were cast on the host before, by the code that a local restore uses: all bits are the same.
 5. Slabs are read in waves that fit the host memory. After each the processes agree that all is well: damage that one
@@ -260,31 +260,53 @@ class _Layout:
                         axes[dimension].append(name)
         return tuple(map(tuple, axes))
 
-    def steps(self, start: _Axes, shape: tuple[int, ...]) -> list[_Axes]:
-        """Shardings from `start` to the target, without those that do not divide the shape."""
-        wanted = self.wanted_of(len(start))
+    def steps(self, start: _Axes, wanted: _Axes, shape: tuple[int, ...]) -> list[_Axes]:
+        """Shardings on the way from one to another, each one collective away from the one before.
+
+        A step takes axes from the fine end of one dimension, and either joins what they cut (all-gather), or puts them
+        to the fine end of another dimension (all-to-all). After the last one each dimension is cut by the first of its
+        wanted axes; whatever of them is missing cuts what every device has.
+
+        Args:
+          start: As `spread` gives it.
+          wanted: The axes of the target.
+          shape: What the axes that are put to a dimension must divide.
+        """
         used = {name for names in wanted for name in names}
-        at = [[name for name in names if name in used] for names in start]
-        steps: list[_Axes] = [tuple(map(tuple, at))]
-        # The axis that cuts a dimension most finely must leave it first.
-        for dimension in reversed(range(len(at))):
-            for source in range(len(at)):
-                coming = [name for name in at[source] if name in wanted[dimension]]
-                if source == dimension or not coming:
-                    continue
-                at[source] = [name for name in at[source] if name not in coming]
-                there = at[dimension] + coming
-                others = [name for name in at[dimension] if name not in wanted[dimension]]
-                at[dimension] = [name for name in wanted[dimension] if name in there] + others
-                steps.append(tuple(map(tuple, at)))
-        last = start
-        kept: list[_Axes] = []
-        for step in steps:
-            divides = all(size % self.parts(names) == 0 for size, names in zip(shape, step, strict=True))
-            if divides and step != last:
-                kept.append(step)
-                last = step
-        return kept
+        at: _Axes = tuple(tuple(name for name in names if name in used) for names in start)
+        steps = [at] if at != start else []
+        while (after := self._move_axes(at, wanted, shape) or _join_axis(at, wanted)) is not None:
+            at = after
+            steps.append(at)
+        return steps
+
+    def _move_axes(self, at: _Axes, wanted: _Axes, shape: tuple[int, ...]) -> _Axes | None:
+        """The sharding after as many axes as possible went from one dimension to where they are wanted."""
+        for source, names in enumerate(at):
+            for first in range(_right_count(names, wanted[source]), len(names)):
+                leaving = names[first:]
+                for dimension, there in enumerate(at):
+                    arrived = there + leaving
+                    is_wanted = arrived == wanted[dimension][: len(arrived)]
+                    if dimension != source and is_wanted and shape[dimension] % self.parts(arrived) == 0:
+                        after = list(at)
+                        after[source], after[dimension] = names[:first], arrived
+                        return tuple(after)
+        return None
+
+
+def _join_axis(at: _Axes, wanted: _Axes) -> _Axes | None:
+    """The sharding after one axis that is in a wrong place is given up, or None if there is none."""
+    for dimension in reversed(range(len(at))):
+        if _right_count(at[dimension], wanted[dimension]) < len(at[dimension]):
+            return (*at[:dimension], at[dimension][:-1], *at[dimension + 1 :])
+    return None
+
+
+def _right_count(names: tuple[str, ...], wanted: tuple[str, ...]) -> int:
+    """How many of the first axes are where they are wanted."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(names, wanted, strict=False))
+    return sum(1 for _ in pairs)
 
 
 @functools.lru_cache(maxsize=256)
@@ -611,8 +633,11 @@ def compile_move(recipe: Recipe) -> Any:
     words = _word_axes(recipe.dtype)
     result = layout.sharding(layout.wanted_of(len(recipe.target_shape)))
     steps: list[_Axes] = []
-    if recipe.cut is not None and recipe.target_shape == recipe.shape:
-        steps = layout.steps(layout.spread(recipe.cut.parts), slabs_shape)
+    if recipe.cut is not None:
+        rank = len(recipe.shape)
+        # Where the shape changes, every device takes its part of the whole.
+        on_the_way = layout.wanted_of(rank) if recipe.target_shape == recipe.shape else ((),) * rank
+        steps = layout.steps(layout.spread(recipe.cut.parts), on_the_way, slabs_shape)
 
     def move(slabs: jax.Array) -> jax.Array:
         if recipe.cut is None:

@@ -21,6 +21,7 @@ import numpy as np
 from ._config import BLOCK_BYTES, PIECE_BYTES, RestoreOptions
 from ._dtypes import zarr_name
 from ._errors import CheckpointError, NotFoundError
+from ._individual import decode_own_leaves
 from ._items import decode_items
 from ._keys import rebuild
 from ._manifest import (
@@ -35,7 +36,6 @@ from ._manifest import (
     parse_manifest,
 )
 from ._matching import logical_shape
-from ._own_leaves import decode_own_leaves
 from ._parts import ChunkIndex
 from ._processes import current_group
 from ._resharding import Destination, ReadExecutor, plan_reads
@@ -126,7 +126,7 @@ class Checkpoint:
         return {} if entry is None else decode_items(self.read_object(entry), self.path)
 
     def own_leaves_of(self, process: int) -> dict[int, Any]:
-        """For tools: the leaves in which a process had another value than process 0, by number; see `_own_leaves`.
+        """For tools: the leaves in which a process had another value than process 0, by number; see `_individual`.
 
         Raises:
           CorruptError: They are damaged.

@@ -143,7 +143,7 @@ class _ReadPlanner:
         self._fortran = fortran
         self._destinations: list[Destination] = []
         self._units: list[Unit] = []
-        self._packed: list[tuple[tuple[int, int], int, Part]] = []
+        self._packed: list[_PackedPart] = []
         self._object_lengths: dict[str, int] = {}
         self._leaves_of_object: dict[str, list[tuple[int, int]]] = {}
 
@@ -194,11 +194,15 @@ class _ReadPlanner:
             start = first_block * BLOCK_BYTES
             run_length = min(block_count * BLOCK_BYTES, length - start)
             part = Part(leaf, chunk, place, first_block, block_count, 0, run_length, targets)
-            if place.pack is not None:
-                self._packed.append((place.pack, place.offset + start, part))
-            else:
-                in_place = _range_in_place(spec, chunk_box, start, targets)
+            in_place = _range_in_place(spec, chunk_box, start, targets)
+            if place.pack is None:
                 self._units.append(Unit(place.object, start, run_length, (part,), in_place))
+                continue
+            # A destination that is one chunk keeps the memory it is read into, with its neighbours in the pack; nor is
+            # there room for the padding behind a chunk.
+            if length != spec.chunk_nbytes or targets[0][0].nbytes < _SHARED_ALLOCATION_BYTES:
+                in_place = None
+            self._packed.append(_PackedPart(place.pack, place.offset + start, part, in_place))
 
     def _box_of_chunk(self, leaf: int, spec: LeafSpec, chunk: int) -> Box:
         if spec.chunk_count == 1:
@@ -233,24 +237,50 @@ class _ReadPlanner:
         )
 
     def _join_packed(self) -> None:
-        """Joins parts that lie side by side in a pack."""
-        self._packed.sort(key=lambda entry: entry[:2])
-        joined: list[Part] = []
-        pack, start, end = (-1, -1), 0, 0
-        for number, offset, part in self._packed:
-            is_next = number == pack and offset == end
-            if joined and not (is_next and end + part.length - start <= self._unit_blocks * BLOCK_BYTES):
-                self._add_pack_unit(start, end, joined)
+        """Joins parts that lie side by side in a pack, and in their destination if they are read in place."""
+        self._packed.sort(key=lambda entry: (entry.pack, entry.offset))
+        joined: list[_PackedPart] = []
+        for entry in self._packed:
+            if joined and not self._can_join(joined[0], joined[-1], entry):
+                self._add_pack_unit(joined)
                 joined = []
-            if not joined:
-                pack, start = number, offset
-            joined.append(dataclasses.replace(part, at=offset - start))
-            end = offset + part.length
+            joined.append(entry)
         if joined:
-            self._add_pack_unit(start, end, joined)
+            self._add_pack_unit(joined)
 
-    def _add_pack_unit(self, start: int, end: int, parts: list[Part]) -> None:
-        self._units.append(Unit(parts[0].place.object, start, end - start, tuple(parts)))
+    def _can_join(self, first: _PackedPart, last: _PackedPart, entry: _PackedPart) -> bool:
+        """Whether a part follows the last one of a unit, and goes where that goes."""
+        if entry.pack != last.pack or entry.offset != last.offset + last.part.length:
+            return False
+        if entry.offset + entry.part.length - first.offset > self._unit_blocks * BLOCK_BYTES:
+            return False
+        if entry.in_place is None or last.in_place is None:
+            return entry.in_place is last.in_place
+        destination, start = last.in_place
+        return entry.in_place[0] is destination and entry.in_place[1] == start + last.part.length
+
+    def _add_pack_unit(self, entries: list[_PackedPart]) -> None:
+        first, last = entries[0], entries[-1]
+        parts = tuple(dataclasses.replace(entry.part, at=entry.offset - first.offset) for entry in entries)
+        length = last.offset + last.part.length - first.offset
+        self._units.append(Unit(first.part.place.object, first.offset, length, parts, first.in_place))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _PackedPart:
+    """Blocks of a chunk in a pack.
+
+    Attributes:
+      pack: Process and number.
+      offset: Byte of the pack at which they start.
+      part: The blocks.
+      in_place: As of `Unit`.
+    """
+
+    pack: tuple[int, int]
+    offset: int
+    part: Part
+    in_place: tuple[Destination, int] | None
 
 
 def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

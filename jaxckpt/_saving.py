@@ -38,6 +38,7 @@ from ._collective import SETTLE_S, CollectiveSave, Outline, outline_leaf
 from ._commit import Attempt, begin, retract
 from ._config import SPLIT_BYTES_MIN, SaveOptions, piece_bytes_for, resolve_host_bytes_max
 from ._errors import CheckpointError, CoordinationError, WriteError
+from ._individual import OwnLeaves
 from ._items import encode_items
 from ._keys import flatten
 from ._layout import LeafExtent, Share, WritePlan, plan_writes, present_chunks
@@ -54,7 +55,6 @@ from ._manifest import (
     PartEntry,
     StoredObject,
 )
-from ._own_leaves import OwnLeaves
 from ._ownership import share_writes
 from ._parts import encode_part
 from ._persist import PieceWriter

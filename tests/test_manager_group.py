@@ -97,6 +97,7 @@ def save_by_steps(worker: Worker, path: str) -> tuple[list[int], list[int]]:
         assert best_s / 200 < 20e-6, best_s
         assert words == 3, "only a step that is due costs a word"
     worker.meet()
+    assert steps_of(events, "deleted") == ([3, 5, 6] if worker.index == 0 else [])
     return steps_of(events, "saving"), manager.steps()
 
 
