@@ -223,8 +223,8 @@ def test_a_mistake_in_one_process_is_told_to_all_and_the_next_save_works(path: p
 
 def exceed_the_limit(worker: Worker, path: str) -> Ending:
     failed_s = None
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     if worker.index == 1:
-        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, most))
         failed_s = time.monotonic()
     ending = end(lambda: jaxckpt.save(path, make_tree(1), options=OPTIONS))
@@ -261,7 +261,8 @@ def refuse_each(worker: Worker, path: str, process: int) -> list[Ending]:
     """Saves as often as a process makes calls; each time another one of its calls is refused."""
     context: dict[str, Any] = {"items": {"own": worker.index}, "options": OPTIONS}
     counted = NotedKernel()
-    jaxckpt.save(LocalStore(f"{path}/counted", counted), make_tree(1), **context)
+    store: Any = LocalStore(f"{path}/counted", counted)
+    jaxckpt.save(store, make_tree(1), **context)
     if worker.index == process:
         (worker.path / "count").write_text(str(len(counted.done)))
     worker.meet()
@@ -271,7 +272,7 @@ def refuse_each(worker: Worker, path: str, process: int) -> list[Ending]:
     for at in range(1, count + 1):
         kernel = FailingKernel(errno.EIO, at=at if worker.index == process else 0)
         kernels.append(kernel)
-        store: Any = LocalStore(f"{path}/{at}", kernel)
+        store = LocalStore(f"{path}/{at}", kernel)
         pendings.append(jaxckpt.save_async(store, make_tree(1), **context))
     endings = ends_of(pendings)
     assert_nothing_is_left()

@@ -222,6 +222,11 @@ MIXED = {
 }
 
 
+def key_data(leaf: jax.Array) -> jax.Array:
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
 def save_mixed(worker: Worker, path: str, columns: int) -> tuple[int, int]:
     pending = jaxckpt.save_async(path, mixed_tree(columns), options=OPTIONS)
     info = pending.wait(30)
@@ -231,9 +236,9 @@ def save_mixed(worker: Worker, path: str, columns: int) -> tuple[int, int]:
 def restore_mixed(worker: Worker, path: str, columns: int) -> tuple[int, int]:
     like = mixed_tree(columns)
     tree, report = jaxckpt.restore(path, like, exchange=False, report=True)
-    for got, want in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
-        if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
-            got, want = jax.random.key_data(got), jax.random.key_data(want)
+    for got, want in zip(
+        map(key_data, jax.tree.leaves(tree)), map(key_data, jax.tree.leaves(like)), strict=True
+    ):
         assert got.sharding == want.sharding
         assert addressable_bytes(got) == addressable_bytes(want)
     return report.nbytes, report.group_bytes_read
