@@ -67,9 +67,9 @@ _WORTH_IT = 1.5
 # What may be read more than once, of all bytes by small leaves, and of a leaf by its slabs.
 _LOCAL_SHARE = 0.02
 _REPEATED_SHARE = 0.05
-# What each process may read more than its part when nobody asked for an exchange: storage gives this in some
-# milliseconds, the time for which XLA does not even compile one program.
-_LOCAL_BYTES = 8 * MIB
+# What each process may read more than its part when nobody asked for an exchange: as much as a manifest has, and not
+# worth the compilation of one program.
+_LOCAL_BYTES = 128 << 10
 # A leaf that few devices would have slabs of is read whole up to this size, so that many of them are read by all alike.
 _WHOLE_BYTES = 16 * MIB
 

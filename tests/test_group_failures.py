@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt._processes import Session
+from jaxckpt._commit import begin, join
+from jaxckpt._processes import Session, current_group
 from jaxckpt._saving import SaveContext, SaveJob
 from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY
 from jaxckpt._store import LocalStore
@@ -163,18 +164,19 @@ def failing_array() -> jax.Array:
     def refuse(_: Any) -> Any:
         raise ArithmeticError("overflow in a kernel")
 
-    shape = jax.ShapeDtypeStruct((4,), np.float32)
+    shape = jax.ShapeDtypeStruct((8,), np.float32)
     fail = jax.jit(lambda x: jax.pure_callback(refuse, shape, x)).lower(shape).compile()
     # A call whose arguments are there runs at once, and raises.
-    busy = jax.jit(lambda x: (x @ x @ x @ x)[0, :4])(np.ones((2000, 2000), np.float32))
-    return fail(busy)  # type: ignore[no-any-return]
+    busy = jax.jit(lambda x: (x @ x @ x @ x)[0, :8])(np.ones((2000, 2000), np.float32))
+    whole = make_tree()["small"]
+    return jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, [fail(busy)])
 
 
 # What is different in the process that fails, and what its error says.
 MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "leaf": (lambda: {"tree": make_tree() | {"x\ud800": object()}}, "UnsupportedLeafError: "),
     "key": (lambda: {"tree": {object(): 1}}, "UnsupportedLeafError: "),
-    "computation": (lambda: {"tree": make_tree() | {"own": failing_array()}}, "overflow in a kernel"),
+    "computation": (lambda: {"tree": make_tree() | {"small": failing_array()}}, "overflow in a kernel"),
     "items": (lambda: {"items": {"data": Unsaveable()}}, "LookupError: the iterator is exhausted"),
     "metadata": (lambda: {"metadata": {"when": object()}}, "TypeError: metadata= must be plain data"),
     "path": (lambda: {"path": "file://elsewhere/x"}, "CheckpointError: 'file://elsewhere/x' names the host"),
@@ -389,7 +391,7 @@ class TimedGate(GateKernel):
 
 
 def delete_when_all_have_stopped(worker: Worker, path: str) -> tuple[float, float]:
-    """Process 1 is in a write, and leaves it when 2 has raised."""
+    """Process 1 is in a write when 2 fails, and leaves it when process 0 waits."""
 
     def note_write(operation: Operation) -> bool:
         is_awaited = worker.index == 1 and is_large_write(operation)
@@ -398,6 +400,10 @@ def delete_when_all_have_stopped(worker: Worker, path: str) -> tuple[float, floa
         return is_awaited
 
     def open_gate() -> None:
+        group = current_group()
+        assert group is not None
+        group._channel.wait_for("jaxckpt/0/settled/0", 30)  # process 0 has stopped, and waits for the others
+        worker.send("0 waits")
         worker.receive()
         gate.may_go_on.set()
 
@@ -407,7 +413,6 @@ def delete_when_all_have_stopped(worker: Worker, path: str) -> tuple[float, floa
     store: Any = LocalStore(path, LateRefusal(worker.receive) if worker.index == 2 else gate)
     ending = end(lambda: jaxckpt.save(store, make_tree(1), options=OPTIONS))
     assert isinstance(ending.error, jaxckpt.CoordinationError)
-    worker.send("raised")
     return gate.worked_s, gate.deleted_s
 
 
@@ -415,11 +420,23 @@ def test_process_0_deletes_what_was_written_when_all_have_stopped_writing(path: 
     with start_processes(delete_when_all_have_stopped, 3, arguments=(str(path),)) as group:
         assert group.receive(1) == "writes"
         group.send(2, "go on")
-        assert group.receive(2) == "raised"
+        assert group.receive(1) == "0 waits"
         group.send(1, "go on")
         (_, deleted_s), (worked_s, _), _ = returned(group.wait(60))
     assert 0 < worked_s < deleted_s
     assert listing(path) == []
+
+
+def test_what_process_0_has_deleted_is_not_made_anew(path: pathlib.Path) -> None:
+    attempt = begin(LocalStore(str(path)), may_overwrite=False)
+    attempt.put_metadata("zarr.json", b"{}")
+    other = LocalStore(str(path))
+    guest = join(other, attempt.data)
+    attempt.abandon()
+    with pytest.raises(FileNotFoundError):
+        guest.put_metadata("items/1", b"late")
+    guest.abandon()
+    assert not path.exists()
 
 
 def come_late(worker: Worker, path: str) -> list[Ending]:
