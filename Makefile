@@ -16,12 +16,13 @@ install := $(python) -m pip install --quiet --disable-pip-version-check
 .DELETE_ON_ERROR:
 # Two targets must not install into one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help demo test fast check format bench clean
+.PHONY: help demo test fast processes check format bench clean
 
 help:
 	@echo "make demo     train on digits, be killed in the middle of a save, resume, restore on fewer devices"
 	@echo "make test     tests and doctests           (make test ARGS='-k retention')"
 	@echo "make fast     those tests that take a minute together"
+	@echo "make processes   those that start groups of processes"
 	@echo "make check    format, lint, types, tests and doctests: what a change must pass"
 	@echo "make format   format the code, and fix what can be fixed"
 	@echo "make bench    benchmarks                   (make bench ARGS='--help')"
@@ -32,6 +33,9 @@ demo: .venv/.installed-demo
 
 test: .venv/.installed-test
 	$(pytest) $(ARGS)
+
+processes: .venv/.installed-test
+	$(pytest) -m processes $(ARGS)
 
 fast: .venv/.installed-test
 	$(pytest) -m 'not slow' $(ARGS)

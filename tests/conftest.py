@@ -12,6 +12,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import pytest  # noqa: E402  jax must not be imported before the flag is set
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = vars(getattr(item, "module", None) or object)
+        if "run_processes" in names or "start_processes" in names:
+            item.add_marker(pytest.mark.processes)
+
+
 @pytest.fixture
 def path(tmp_path: pathlib.Path) -> pathlib.Path:
     """Where a test saves its checkpoint; nothing is there yet."""
