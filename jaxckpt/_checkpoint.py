@@ -349,21 +349,23 @@ def _restore_targets(
     together: CollectiveRestore | None,
     exchange: bool | None,
 ) -> dict[int, Any]:
-    processes = 1 if together is None else together.machine_mates
+    processes = 1 if together is None else together.count_machine_mates()
+    group = current_group()
+    process = 0 if group is None else group.index
     host_bytes_max = resolve_host_bytes_max(options.host_bytes_max, processes)
     plan = plan_restore(checkpoint, targets, host_bytes_max, options.io_threads)
     if together is None:
-        return restore_targets(checkpoint, plan, options.io_threads)
+        return restore_targets(checkpoint, plan, options.io_threads, process)
     outline = outline_restore(checkpoint, wanted, targets)
     outline = dataclasses.replace(outline, call=outline.call | {"exchange": exchange})
     group_bytes = together.begin(outline, plan.nbytes)
     if not is_exchange_wanted(checkpoint, plan, group_bytes, exchange):
-        return restore_targets(checkpoint, plan, options.io_threads, together.index)
+        return restore_targets(checkpoint, plan, options.io_threads, process)
     moved = plan_exchange(checkpoint, plan, together, exchange, host_bytes_max, options.device_bytes_max)
     if moved.numbers:
         rest = {number: target for number, target in targets.items() if number not in moved.numbers}
         plan = plan_restore(checkpoint, rest, host_bytes_max, options.io_threads)
-    restored = restore_targets(checkpoint, plan, options.io_threads, together.index)
+    restored = restore_targets(checkpoint, plan, options.io_threads, process)
     return restored | moved.run(options.io_threads)
 
 

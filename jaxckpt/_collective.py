@@ -324,14 +324,19 @@ class CollectiveRestore:
 
     def __init__(self, group: Group, doing: str, timeout_s: float) -> None:
         """Takes the restore's number; waits for nobody."""
-        self.machine_mates = group.machine_mates(timeout_s)
         # What is wrong with a checkpoint is wrong for all.
         self.session = group.open_session(
             doing, timeout_s, shared_errors=(NotFoundError, FormatError, CorruptError, MismatchError)
         )
         self.index = group.index
         self.count = group.count
+        self._group = group
+        self._timeout_s = timeout_s
         self._doing = doing
+
+    def count_machine_mates(self) -> int:
+        """How many processes share the memory of this machine; asks the others the first time."""
+        return self._group.machine_mates(self._timeout_s, self.session.check)
 
     def begin(self, outline: Outline, nbytes: int) -> int:
         """Makes sure that all processes restore the same, in the same way.

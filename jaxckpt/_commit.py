@@ -77,6 +77,7 @@ class Attempt:
         self._is_guest = is_guest
         self._objects: list[StoredObject] = []
         self._is_publishing = False
+        self._replaced: tuple[str | None, bytes | None] = (None, None)
         self._hold: Hold | None = None if is_guest else store.hold_alone(data)
 
     def put_metadata(self, name: str, data: bytes) -> None:
@@ -95,8 +96,12 @@ class Attempt:
         """The metadata objects written so far, by name."""
         return tuple(sorted(self._objects, key=lambda entry: entry.name))
 
-    def commit(self, manifest: Manifest) -> int:
+    def commit(self, manifest: Manifest, *, keeps_replaced: bool = False) -> int:
         """Makes the checkpoint exist; returns the bytes of the manifest.
+
+        Args:
+          manifest: Of the checkpoint.
+          keeps_replaced: Whether the data of the one that was there stays until `forget_replaced` or `take_back`.
 
         Raises:
           ExistsError: Somebody else committed here meanwhile and overwriting is not allowed.
@@ -104,35 +109,51 @@ class Attempt:
         data = encode_manifest(manifest)
         self.store.sync()
         with _commit_lock:
-            old_data = self._data_to_replace()
+            self._replaced = self._look_for_replaced()
             self._is_publishing = True
             self.store.publish(MANIFEST_NAME, data)
         self._end_hold()
-        if old_data is not None:
-            # The new checkpoint exists, whatever becomes of the old one's objects. Who reads them may go on.
-            with contextlib.suppress(OSError):
-                hold = self.store.hold_alone(old_data)
-                try:
-                    self.store.delete_tree(old_data)
-                finally:  # whoever keeps the exception keeps this frame
-                    if hold is not None:
-                        hold.release()
+        if not keeps_replaced:
+            self.forget_replaced()
         return len(data)
+
+    def forget_replaced(self) -> None:
+        """Deletes the data of the checkpoint that was there before, as far as nobody reads it."""
+        old_data, self._replaced = self._replaced[0], (None, None)
+        if old_data is None:
+            return
+        # The new checkpoint exists, whatever becomes of the old one's objects. Who reads them may go on.
+        with contextlib.suppress(OSError):
+            hold = self.store.hold_alone(old_data)
+            try:
+                self.store.delete_tree(old_data)
+            finally:  # whoever keeps the exception keeps this frame
+                if hold is not None:
+                    hold.release()
+
+    def take_back(self) -> None:
+        """Undoes a commit with ``keeps_replaced``: what was there before is there again, or nothing."""
+        manifest_bytes, self._replaced = self._replaced[1], (None, None)
+        if manifest_bytes is None:
+            retract(self.store)
+        else:
+            self.store.publish(MANIFEST_NAME, manifest_bytes)
 
     def _end_hold(self) -> None:
         if self._hold is not None:
             self._hold.release()
 
-    def _data_to_replace(self) -> str | None:
-        """Data directory of the checkpoint that is there now, which may be younger than this attempt."""
+    def _look_for_replaced(self) -> tuple[str | None, bytes | None]:
+        """Data directory and manifest of the checkpoint that is there now, which may be younger than this attempt."""
         if not self.store.exists(MANIFEST_NAME):
-            return None
+            return None, None
         if not self._may_overwrite:
             raise ExistsError(_exists_message(self.store))
+        manifest_bytes = self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX)
         # A damaged manifest names no directory that could be deleted safely; it is replaced all the same.
         with contextlib.suppress(CheckpointError):
-            return parse_manifest(self.store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), self.store.path).data
-        return None
+            return parse_manifest(manifest_bytes, self.store.path).data, manifest_bytes
+        return None, manifest_bytes
 
     def expect_commit(self) -> None:
         """From here on another process may commit this attempt."""

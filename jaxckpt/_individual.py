@@ -43,7 +43,7 @@ class OwnLeaves:
         self._numbers: list[int] = []
         # Records of values, copies of arrays, or the digest of what is too large to copy.
         self._values: list[Any] = []
-        room = OWN_BYTES_MAX
+        kept = _smallest_leaves(leaves)
         on_devices: list[tuple[int, jax.Array]] = []
         for number, leaf in enumerate(leaves):
             extent = leaf.template.extent
@@ -53,8 +53,7 @@ class OwnLeaves:
             if leaf.data is None:
                 self._values.append(leaf.value)
                 continue
-            room -= leaf.template.spec.nbytes
-            is_kept = room >= 0
+            is_kept = number in kept
             if isinstance(leaf.data, np.ndarray):
                 self._values.append(_stored_bytes(leaf.data) if is_kept else _digest_of(leaf.data))
             elif is_kept:
@@ -97,8 +96,8 @@ class OwnLeaves:
             Problem(
                 self._keys[self._numbers[place]],
                 "leaf",
-                f"has another value here than in process 0, and with it more than {OWN_BYTES_MAX} bytes differ; make it"
-                " an array that spans the processes",
+                "has another value here than in process 0, and is too large for what a process may have for itself, with"
+                f" smaller leaves {OWN_BYTES_MAX} bytes; make it an array that spans the processes",
             )
             for place in different
             if isinstance(self._values[place], _Digest)
@@ -109,6 +108,23 @@ class OwnLeaves:
             return None
         entries = [[self._numbers[place], self._values[place]] for place in different]
         return bytes(msgpack.packb(entries, unicode_errors="surrogatepass") or b"")
+
+
+def _smallest_leaves(leaves: Sequence[Leaf]) -> set[int]:
+    """Numbers of the own leaves whose bytes can be copied within the bound: a large one takes no room from others."""
+    sizes: list[tuple[int, int]] = []
+    for number, leaf in enumerate(leaves):
+        extent = leaf.template.extent
+        if extent is not None and extent.shards is None:
+            sizes.append((leaf.template.spec.nbytes, number))
+    kept: set[int] = set()
+    room = OWN_BYTES_MAX
+    for nbytes, number in sorted(sizes):
+        room -= nbytes
+        if room < 0:
+            break
+        kept.add(number)
+    return kept
 
 
 class _Digest(bytes):

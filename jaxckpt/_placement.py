@@ -147,6 +147,9 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
             lambda index: np.asarray(whole[index], dtype, order="C"),
             dtype=dtype,
         )
+    if not destinations:
+        # `make_array_from_callback` asks for the values of a replicated array where no device wants them, too.
+        return jax.make_array_from_single_device_arrays(target.shape, target.sharding, [], dtype=dtype)
     rank = len(spec.shape)
     arrays = {
         (lo[:rank], hi[:rank]): cast(typed(destination, spec), dtype)

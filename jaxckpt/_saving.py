@@ -35,7 +35,7 @@ import numpy as np
 import xxhash
 
 from ._collective import SETTLE_S, CollectiveSave, Outline, outline_leaf
-from ._commit import Attempt, begin, retract
+from ._commit import Attempt, begin
 from ._config import SPLIT_BYTES_MIN, SaveOptions, piece_bytes_for, resolve_host_bytes_max
 from ._errors import CheckpointError, CoordinationError, WriteError
 from ._individual import OwnLeaves
@@ -424,9 +424,13 @@ class SaveJob:
             # Not before, so that nothing is left where the processes find that they share no storage.
             attempt.put_root_group()
             everything = sorted({*objects, *attempt.metadata_objects}, key=lambda entry: entry.name)
-            return attempt.commit(self._manifest(chunks, tuple(everything), parts))
+            manifest = self._manifest(chunks, tuple(everything), parts)
+            # Alone, this process can neither know that all have committed nor delete what they may go back to.
+            return attempt.commit(manifest, keeps_replaced=together.is_local)
 
-        return together.publish(part, own, commit, functools.partial(retract, self.store))
+        manifest_bytes = together.publish(part, own, commit, attempt.take_back)
+        attempt.forget_replaced()
+        return manifest_bytes
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Ends a failed save, and raises why it failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pathlib
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxckpt
+from jaxckpt._store import Kernel, LocalStore
 
 from .processes import Worker, run_processes
+from .storage_faults import RefusingKernel
 
 pytestmark = pytest.mark.slow
 
@@ -293,3 +296,36 @@ def test_only_the_owned_part_of_a_replicated_shard_passes_through_staging(path: 
     tree = jaxckpt.restore(path)
     for key, expected in MIXED.items():
         assert np.asarray(tree[key]).tobytes() == expected.tobytes()
+
+
+def overwrite_local(worker: Worker, path: str, refused_by: int | None) -> str:
+    kernel = Kernel()
+    if worker.index == refused_by:
+        kernel = RefusingKernel(errno.EIO, ("rename",), where="manifest.msgpack")
+    tree = {"rows": place(values((64, 96), 1), global_mesh(), P("x"))}
+    try:
+        jaxckpt.save(LocalStore(path, kernel), tree, overwrite=True, local=True, options=OPTIONS)
+    except jaxckpt.CoordinationError as error:
+        return str(error)
+    return ""
+
+
+def restored_start(worker: Worker, path: str) -> float:
+    rows = jaxckpt.restore(path)["rows"]
+    return (
+        min(float(np.asarray(shard.data).min()) for shard in rows.addressable_shards) - 16 * 96 * worker.index
+    )
+
+
+def test_processes_with_their_own_directories_all_have_the_new_checkpoint_or_all_the_old_one(
+    path: pathlib.Path,
+) -> None:
+    check(run_processes(save_local, 4, arguments=(str(path),)))
+    for refused_by in (0, 2):
+        messages = check(run_processes(overwrite_local, 4, arguments=(str(path), refused_by)))
+        assert all(f"process {refused_by} of 4 failed" in message for message in messages)
+        assert check(run_processes(restored_start, 4, arguments=(str(path),))) == [0] * 4
+    assert check(run_processes(overwrite_local, 4, arguments=(str(path), None))) == [""] * 4
+    assert check(run_processes(restored_start, 4, arguments=(str(path),))) == [1] * 4
+    for index in range(4):
+        assert len(list((path / f"process-{index}").glob("data-*"))) == 1
