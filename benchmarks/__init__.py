@@ -12,5 +12,6 @@ Read in this order:
 6. `report`       medians, ratios, tables, JSON, RESULTS.md
 
 `path_length` and `import_cost` are commands of their own: how much code a save and a restore run through, and
-what `import jaxckpt` costs.
+what `import jaxckpt` costs. So are `loops` (managers in a training loop), `groups` (several processes, and one of them
+fails), `scale` (plans and manifests of thousands of processes), `behaviour` and `storage`.
 """

@@ -38,7 +38,7 @@ from ._restoring import (
     WantedTree,
     choose_targets,
     is_cast,
-    is_for_this_process,
+    is_without_others,
     match_tree,
     outline_restore,
     plan_restore,
@@ -262,7 +262,7 @@ def restore(
         raised in all processes as the error that it is.
 
     Collective: in a group of processes all of them call it with the same arguments, unless ``like``, ``mesh`` or
-      ``sharding`` say that everything is for devices of this process.
+      ``sharding`` say that no array spans processes: then each reads alone what is for its devices.
     Host memory: on CPU the arrays themselves and a few MiB for each reading thread; on accelerators, and for what is
       exchanged, at most ``host_bytes_max``, or one box of the largest array.
     Device memory: the arrays themselves, and ``device_bytes_max`` for what is exchanged.
@@ -335,7 +335,7 @@ def _begin_together(
 ) -> CollectiveRestore | None:
     """How the processes of the group restore together; None when there is one, or what is asked for is all its own."""
     group = current_group()
-    if group is None or is_for_this_process(like, mesh, sharding):
+    if group is None or is_without_others(like, mesh, sharding):
         return None
     where = path.path if isinstance(path, Checkpoint) else os.fspath(path)
     return CollectiveRestore(group, f"restore {where!r}", options.timeout_s)

@@ -113,6 +113,13 @@ def piece_bytes_for(host_bytes_max: int) -> int:
     return max(BLOCK_BYTES, min(PIECE_BYTES, host_bytes_max // 2 // BLOCK_BYTES * BLOCK_BYTES))
 
 
+def least_piece_bytes(host_bytes_max: int | None, process_count: int) -> int:
+    """Bytes of a piece in the process of a group that has the least memory, however the group is spread out."""
+    if host_bytes_max is None:
+        return PIECE_BYTES
+    return piece_bytes_for(resolve_host_bytes_max(host_bytes_max, process_count))
+
+
 def _require_at_least(name: str, value: float, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")

@@ -96,8 +96,8 @@ class OwnLeaves:
             Problem(
                 self._keys[self._numbers[place]],
                 "leaf",
-                "has another value here than in process 0, and is too large for what a process may have for itself, with"
-                f" smaller leaves {OWN_BYTES_MAX} bytes; make it an array that spans the processes",
+                "has another value here than in process 0, and is too large: what a process has for itself is kept, the"
+                f" smallest leaves first, up to {OWN_BYTES_MAX} bytes; make it an array that spans the processes",
             )
             for place in different
             if isinstance(self._values[place], _Digest)

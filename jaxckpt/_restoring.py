@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 
 from ._collective import Outline, outline_sharding
 from ._config import PIECE_BYTES
@@ -291,21 +291,30 @@ class _StandIn:
     number: int
 
 
-def is_for_this_process(like: Any, mesh: Mesh | None, sharding: Any) -> bool:
-    """Whether arguments of a restore say that no array spans processes; not from what is stored."""
+def is_without_others(like: Any, mesh: Mesh | None, sharding: Any) -> bool:
+    """Whether arguments of a restore say that no array spans processes; not from what is stored.
+
+    All processes that pass the same arguments find the same, also where the devices are another process's.
+    """
     if sharding is not None:
-        return isinstance(sharding, Sharding) and sharding.is_fully_addressable
+        return isinstance(sharding, Sharding) and _is_in_one_process(sharding)
     if mesh is not None:
-        return all(device.process_index == jax.process_index() for device in mesh.devices.flat)
+        return len({device.process_index for device in mesh.devices.flat}) == 1
     if like is None:
         return False
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(like)]
     return all(
         not hasattr(leaf, "restore_as_saved")
         and (not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is not None)
-        and (not isinstance(each, Sharding) or each.is_fully_addressable)
+        and (not isinstance(each, Sharding) or _is_in_one_process(each))
         for leaf, each in zip(jax.tree.leaves(like), shardings, strict=True)
     )
+
+
+def _is_in_one_process(sharding: Sharding) -> bool:
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        return False  # it gets its devices later
+    return len({device.process_index for device in sharding.device_set}) == 1
 
 
 def outline_restore(checkpoint: Checkpoint, wanted: WantedTree, targets: dict[int, Target]) -> Outline:

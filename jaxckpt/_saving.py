@@ -36,7 +36,13 @@ import xxhash
 
 from ._collective import SETTLE_S, CollectiveSave, Outline, outline_leaf
 from ._commit import Attempt, begin
-from ._config import SPLIT_BYTES_MIN, SaveOptions, piece_bytes_for, resolve_host_bytes_max
+from ._config import (
+    SPLIT_BYTES_MIN,
+    SaveOptions,
+    least_piece_bytes,
+    piece_bytes_for,
+    resolve_host_bytes_max,
+)
 from ._errors import CheckpointError, CoordinationError, WriteError
 from ._individual import OwnLeaves
 from ._items import encode_items
@@ -63,7 +69,7 @@ from ._progress import Progress, ProgressMeter
 from ._shardings import describe_sharding
 from ._snapshot import PinnedSnapshot, SnapshotGivenUpError, choose_staging, take_snapshot
 from ._store import Store, open_store
-from ._tables import ChunkTable
+from ._tables import PIECE_ALIGNMENT, ChunkTable
 from ._zarr import METADATA_NAME, array_metadata, group_metadata, leaf_directory
 
 _log = logging.getLogger("jaxckpt")
@@ -212,16 +218,22 @@ class SaveJob:
             if not self.store.wants_aligned_memory:
                 staging = "direct"
         piece_bytes = piece_bytes_for(host_bytes_max)
+        self._pack_bytes_max = options.pack_bytes_max
+        if group is not None:
+            # Which chunks are packed must not depend on how many processes share this machine.
+            least = least_piece_bytes(options.host_bytes_max, group.count)
+            piece_bytes = max(piece_bytes, least)
+            self._pack_bytes_max = min(options.pack_bytes_max, least - PIECE_ALIGNMENT)
         is_shared = self._together is not None and not self._together.is_local
         self._plan, self._shares = _plan_for(
             tuple(template.extent for template in self._templates),
             options.chunk_bytes_max,
-            options.pack_bytes_max,
+            self._pack_bytes_max,
             piece_bytes,
             (group.index, group.count) if is_shared and group is not None else None,
         )
         self._directories = _directories_for(
-            self._flat.keys, self._templates, self._plan, options.pack_bytes_max
+            self._flat.keys, self._templates, self._plan, self._pack_bytes_max
         )
         total = sum(piece.length for piece in self._plan.pieces)
         self.meter = ProgressMeter(total, "snapshot", context.on_progress)
@@ -272,7 +284,7 @@ class SaveJob:
             "step": self._context.step,
             "overwrite": self._may_overwrite,
             "local": self._together is not None and self._together.is_local,
-            "options": [options.chunk_bytes_max, options.pack_bytes_max],
+            "options": [options.chunk_bytes_max, self._pack_bytes_max],
         }
         leaves = tuple(map(outline_leaf, self._templates))
         return Outline(call, self._flat.nodes, self._flat.keys, leaves)

@@ -623,6 +623,22 @@ def test_a_file_in_the_place_of_a_step(path: pathlib.Path) -> None:
 
 # --- the directory goes away ----------------------------------------------------------------------------------
 
+
+def delete_tree(directory: pathlib.Path) -> None:
+    """Deletes a directory into which the threads of a save go on writing until they notice."""
+    for _ in range(1000):
+        try:
+            shutil.rmtree(directory)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        if not directory.exists():
+            return
+    raise AssertionError(f"{directory} comes back again and again")
+
+
 MOMENTS: dict[str, Callable[[Operation], bool]] = {
     "before begin": lambda operation: operation.call == "mkdir" and "/data-" in operation.path,
     "after begin": lambda operation: operation.call == "create",
@@ -661,16 +677,16 @@ def test_a_directory_that_goes_away_during_a_save(
 
     def change() -> None:
         if what == "deleted":
-            shutil.rmtree(path)
+            delete_tree(path)
         elif what == "moved":
             path.rename(moved)
         elif what == "step deleted":
-            shutil.rmtree(step, ignore_errors=True)
+            delete_tree(step)
         else:
             old = set() if not overwrite else {jaxckpt.open(step).manifest.data}
             for data in set(step.glob("data-*")):
                 if data.name not in old:
-                    shutil.rmtree(data)
+                    delete_tree(data)
 
     with nothing_leaks():
         with make_manager(path) as manager:
@@ -741,9 +757,9 @@ def test_a_directory_that_was_deleted_is_not_made_again_for_the_rest_of_a_save(
     def change() -> None:
         if moment == "after the first object":
             (new,) = {entry.name for entry in step.glob("data-*")} - {old}
-            shutil.rmtree(step / new)
+            delete_tree(step / new)
         else:
-            shutil.rmtree(path)
+            delete_tree(path)
 
     with nothing_leaks():
         with make_manager(path) as manager:
@@ -772,7 +788,7 @@ def test_a_directory_that_goes_away_before_a_save(path: pathlib.Path, what: str)
             save(manager, number).wait()
         manager.wait()
         if what == "deleted":
-            shutil.rmtree(path)
+            delete_tree(path)
         else:
             path.rename(path.with_name("moved"))
         assert manager.steps() == []
@@ -791,7 +807,7 @@ def test_a_directory_that_goes_away_during_retention(path: pathlib.Path, what: s
 
     def change() -> None:
         if what == "deleted":
-            shutil.rmtree(path)
+            delete_tree(path)
         else:
             path.rename(moved)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pathlib
+import threading
 from typing import Any
 
 import jax
@@ -12,10 +13,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxckpt
+from jaxckpt._snapshot import HOST_MEMORY
 from jaxckpt._store import Kernel, LocalStore
 
 from .processes import Worker, run_processes
-from .storage_faults import RefusingKernel
+from .storage_faults import GateKernel, RefusingKernel
 
 pytestmark = pytest.mark.slow
 
@@ -165,6 +167,109 @@ def check(outcomes: list[Any]) -> list[Any]:
     assert [outcome.error_text for outcome in outcomes] == [""] * len(outcomes)
     assert [outcome.status for outcome in outcomes] == ["returned"] * len(outcomes)
     return [outcome.value for outcome in outcomes]
+
+
+def restore_on_hosts(worker: Worker, path: str) -> None:
+    """What wants no array that spans processes, so that the processes need not do it together."""
+    index = worker.index
+    want = own_tree(index, global_mesh())
+    like = {key: leaf for key, leaf in own_tree(99, global_mesh()).items() if key != "rows"}
+    tree = jaxckpt.restore(path, like, unexpected="ignore")
+    assert tree["seed"] == 100 + index
+    np.testing.assert_array_equal(tree["table"], want["table"])
+    np.testing.assert_array_equal(np.asarray(tree["local"]), np.asarray(want["local"]))
+    np.testing.assert_array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(want["key"]))
+
+
+def test_what_a_process_had_for_itself_comes_back_without_the_others_too(path: pathlib.Path) -> None:
+    check(run_processes(save_own, 4, arguments=(str(path),)))
+    check(run_processes(restore_on_hosts, 4, arguments=(str(path),)))
+
+
+def large_own_tree(index: int, *, is_different: bool) -> dict[str, Any]:
+    return {
+        "a large one": np.full(1 << 23, index if is_different else 7, np.float32),
+        "next": values((4, 3), index),
+    }
+
+
+def save_large_own(worker: Worker, path: str) -> None:
+    jaxckpt.save(path, large_own_tree(worker.index, is_different=False), options=OPTIONS)
+    tree = jaxckpt.restore(path, large_own_tree(9, is_different=False))
+    np.testing.assert_array_equal(tree["next"], values((4, 3), worker.index))
+    with pytest.raises(jaxckpt.CoordinationError, match="a large one: has another value here"):
+        jaxckpt.save(f"{path}-2", large_own_tree(worker.index, is_different=True), options=OPTIONS)
+
+
+def test_a_large_leaf_that_is_the_same_takes_no_room_from_those_that_differ(path: pathlib.Path) -> None:
+    check(run_processes(save_large_own, 2, arguments=(str(path),)))
+    assert not pathlib.Path(f"{path}-2", "manifest.msgpack").exists()
+
+
+# --- on devices of some processes -----------------------------------------------------------------------------
+
+
+def stages() -> dict[str, jax.Array]:
+    """A leaf for each process, on its devices alone, as in a pipeline."""
+    devices = np.array(jax.devices(), dtype=object).reshape(jax.process_count(), -1)
+    return {
+        f"stage{number}": place(values((8, 4), number), Mesh(row, ("x",)), P("x" if number % 2 else None))
+        for number, row in enumerate(devices)
+    }
+
+
+def assert_stages_are_equal(got: dict[str, jax.Array], want: dict[str, jax.Array]) -> None:
+    assert got.keys() == want.keys()
+    for key, leaf in want.items():
+        assert got[key].sharding == leaf.sharding
+        assert addressable_bytes(got[key]) == addressable_bytes(leaf)
+
+
+def save_stages(worker: Worker, path: str) -> None:
+    want = stages()
+    jaxckpt.save(path, want, options=OPTIONS)
+    options = jaxckpt.RestoreOptions(timeout_s=10)
+    assert_stages_are_equal(jaxckpt.restore(path, options=options), want)
+    assert_stages_are_equal(jaxckpt.restore(path, want, options=options), want)
+    # Nothing that spans processes: nobody waits for anybody, whoever has the devices.
+    one = {"stage1": want["stage1"]}
+    assert_stages_are_equal(jaxckpt.restore(path, one, unexpected="ignore", options=options), one)
+    sharding: Any = one["stage1"].sharding
+    tree = jaxckpt.restore(path, select="stage1", mesh=sharding.mesh, options=options)
+    assert_stages_are_equal(tree, one)
+    assert_stages_are_equal(jaxckpt.restore(path, want, options=options), want)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_leaves_may_be_on_devices_of_one_process_each(path: pathlib.Path, devices: int) -> None:
+    check(run_processes(save_stages, 3, devices=devices, arguments=(str(path),)))
+
+
+def restore_as_saved(worker: Worker, path: str) -> None:
+    tree = jaxckpt.restore(path)
+    for key, expected in EXPECTED.items():
+        for shard in tree[key].addressable_shards:
+            assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(expected[shard.index]).tobytes()
+
+
+def test_more_processes_than_those_that_saved_restore_as_it_was(path: pathlib.Path) -> None:
+    check(run_processes(save_tree, 2, arguments=(str(path),)))
+    check(run_processes(restore_as_saved, 4, arguments=(str(path),)))
+
+
+def restore_like_eval_shape(worker: Worker, path: str) -> None:
+    mesh = jax.make_mesh((len(jax.devices()),), ("x",), axis_types=(AxisType.Explicit,))
+    tree = {"rows": place(values((16, 3)), mesh, P("x", None))}
+    jaxckpt.save(path, tree, options=OPTIONS)
+    with jax.set_mesh(mesh):
+        like = jax.eval_shape(lambda: {"rows": jax.sharding.reshard(jax.numpy.zeros((16, 3)), P("x", None))})
+    got = jaxckpt.restore(path, like)["rows"]
+    assert got.sharding == tree["rows"].sharding
+    assert addressable_bytes(got) == addressable_bytes(tree["rows"])
+
+
+def test_a_like_on_an_abstract_mesh_gets_the_devices_of_all_processes(path: pathlib.Path) -> None:
+    check(run_processes(restore_like_eval_shape, 2, arguments=(str(path),)))
 
 
 # --- without shared storage -----------------------------------------------------------------------------------
@@ -329,3 +434,36 @@ def test_processes_with_their_own_directories_all_have_the_new_checkpoint_or_all
     assert check(run_processes(restored_start, 4, arguments=(str(path),))) == [1] * 4
     for index in range(4):
         assert len(list((path / f"process-{index}").glob("data-*"))) == 1
+
+
+# --- the machine's memory -------------------------------------------------------------------------------------
+
+
+def stage_behind_a_gate(worker: Worker, path: str, host_bytes_max: int) -> tuple[bool, int]:
+    """While nothing is written: whether the snapshot waits for room, and how much is staged in this process."""
+    kernel = GateKernel(lambda operation: operation.call == "pwrite" and "/packs/" in operation.path)
+    options = jaxckpt.SaveOptions(host_bytes_max=host_bytes_max, io_threads=1, timeout_s=30)
+    tree = {str(number): place(values((64, 1 << 14), number), global_mesh(), P("x")) for number in range(16)}
+    pending: list[jaxckpt.PendingSave] = []
+
+    def save() -> None:
+        pending.append(jaxckpt.save_async(LocalStore(path, kernel), tree, options=options))
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    assert kernel.reached.wait(30)
+    thread.join(1)
+    found = thread.is_alive(), HOST_MEMORY.bytes_in_use
+    kernel.may_go_on.set()
+    thread.join()
+    pending[0].wait()
+    return found
+
+
+def test_processes_on_one_machine_share_its_staging_memory(path: pathlib.Path) -> None:
+    """Each has 16 MiB to save: all of it fits into the memory of one, and not into a quarter of that."""
+    found = check(run_processes(stage_behind_a_gate, 4, arguments=(str(path), 32 << 20)))
+    assert [is_waiting for is_waiting, _ in found] == [True] * 4
+    assert all(staged <= 8 << 20 for _, staged in found)
+    assert sum(staged for _, staged in found) > 16 << 20
+    assert jaxckpt.verify(path).ok
