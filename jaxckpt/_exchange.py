@@ -70,6 +70,9 @@ _REPEATED_SHARE = 0.05
 # What each process may read more than its part when nobody asked for an exchange: as much as a manifest has, and not
 # worth the compilation of one program.
 _LOCAL_BYTES = 128 << 10
+# The same of one leaf: a move takes a millisecond or more, as long as reading this several times over. Without this a
+# tree of ten thousand biases would take a minute instead of seconds.
+_LOCAL_BYTES_OF_LEAF = 64 << 10
 # A leaf that few devices would have slabs of is read whole up to this size, so that many of them are read by all alike.
 _WHOLE_BYTES = 16 * MIB
 
@@ -504,12 +507,14 @@ def plan_exchange(
     host_bytes_max, device_bytes_max = int(told[0]), int(told[1])
     nbytes = sum(manifest.spec(target.leaf).nbytes for target in plan.targets.values())
     room = int(nbytes * _LOCAL_SHARE)
-    if exchange is None:
-        room = max(room, _LOCAL_BYTES * together.count)
     extra = {
         number: int(total) - manifest.spec(plan.targets[number].leaf).nbytes
         for number, total in zip(movable, told[2:], strict=True)
     }
+    if exchange is None:
+        room = max(room, _LOCAL_BYTES * together.count)
+        least = _LOCAL_BYTES_OF_LEAF * together.count
+        extra = {number: each for number, each in extra.items() if each >= least}
     moves = _make_moves(checkpoint, plan, _most_expensive(extra, room))
     programs = _compile_all(moves, device_bytes_max, together, manifest.keys) if moves else {}
     moves = [move for move in moves if move.recipe in programs]

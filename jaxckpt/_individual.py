@@ -9,7 +9,8 @@ a random key for each process. Saving one and giving it back to all would be a s
 3. A process whose leaf has another value than process 0's keeps its own, in an object of its own, ``own/<process>``.
 4. A restore in a process with that index gives it back; everybody else gets the value of process 0.
 
-Copies are bounded. A leaf beyond the bound is compared, but not kept: if it differs, the save fails and says so.
+Copies are bounded. A leaf beyond the bound is compared, for which the caller waits, but not kept: if it differs, the
+save fails and says so.
 
 Deliberately not here: arrays that span processes, of which there is one value by construction.
 """
@@ -60,7 +61,7 @@ class OwnLeaves:
                 on_devices.append((len(self._values), leaf.data))
                 self._values.append(None)
             else:
-                self._values.append(_TOO_LARGE)
+                self._values.append(_digest_on_device(leaf.data))
         arrays = [array for _, array in on_devices]
         # Disposable copies, made by one call that waits for nothing; their values are read in the background.
         copies = (
@@ -131,10 +132,6 @@ class _Digest(bytes):
     """Stands for a value that was not copied."""
 
 
-# Arrays of devices that are too large to be copied are not compared either.
-_TOO_LARGE = _Digest(_DIGEST_BYTES)
-
-
 def _stored_bytes(array: Any) -> bytes:
     return np.asarray(array).tobytes()
 
@@ -147,6 +144,16 @@ def _digest_of(value: Any) -> _Digest:
     elif not isinstance(value, bytes):
         value = bytes(msgpack.packb(value, unicode_errors="surrogatepass") or b"")
     return _Digest(xxhash.xxh3_128_digest(value))
+
+
+def _digest_on_device(array: jax.Array) -> _Digest:
+    """Of copies of some rows at a time, for jax keeps whatever it has once shown of an array. Waits for its values."""
+    rows = max(1, array.shape[0] * OWN_BYTES_MAX // array.nbytes)
+    digest = xxhash.xxh3_128()
+    for start in range(0, array.shape[0], rows):
+        # Near the end it takes some rows twice, rather than being compiled for fewer.
+        digest.update(_stored_bytes(jax.lax.dynamic_slice_in_dim(array, start, rows)))
+    return _Digest(digest.digest())
 
 
 def decode_own_leaves(data: bytes, manifest: Manifest, name: str) -> dict[int, Any]:

@@ -186,23 +186,30 @@ def test_what_a_process_had_for_itself_comes_back_without_the_others_too(path: p
     check(run_processes(restore_on_hosts, 4, arguments=(str(path),)))
 
 
-def large_own_tree(index: int, *, is_different: bool) -> dict[str, Any]:
+def large_own_tree(index: int, *, is_different: bool, is_on_device: bool) -> dict[str, Any]:
+    large = np.full((3 << 10, 1 << 12), 7, np.float32)
+    large[-1, -1] = index if is_different else 7
     return {
-        "a large one": np.full(1 << 23, index if is_different else 7, np.float32),
+        "a large one": jax.device_put(large, jax.local_devices()[0]) if is_on_device else large,
         "next": values((4, 3), index),
     }
 
 
-def save_large_own(worker: Worker, path: str) -> None:
-    jaxckpt.save(path, large_own_tree(worker.index, is_different=False), options=OPTIONS)
-    tree = jaxckpt.restore(path, large_own_tree(9, is_different=False))
+def save_large_own(worker: Worker, path: str, is_on_device: bool) -> None:
+    same = large_own_tree(worker.index, is_different=False, is_on_device=is_on_device)
+    jaxckpt.save(path, same, options=OPTIONS)
+    tree = jaxckpt.restore(path, large_own_tree(9, is_different=False, is_on_device=is_on_device))
     np.testing.assert_array_equal(tree["next"], values((4, 3), worker.index))
+    different = large_own_tree(worker.index, is_different=True, is_on_device=is_on_device)
     with pytest.raises(jaxckpt.CoordinationError, match="a large one: has another value here"):
-        jaxckpt.save(f"{path}-2", large_own_tree(worker.index, is_different=True), options=OPTIONS)
+        jaxckpt.save(f"{path}-2", different, options=OPTIONS)
 
 
-def test_a_large_leaf_that_is_the_same_takes_no_room_from_those_that_differ(path: pathlib.Path) -> None:
-    check(run_processes(save_large_own, 2, arguments=(str(path),)))
+@pytest.mark.parametrize("is_on_device", [False, True])
+def test_a_large_leaf_may_not_differ_and_takes_no_room_from_those_that_do(
+    path: pathlib.Path, is_on_device: bool
+) -> None:
+    check(run_processes(save_large_own, 2, arguments=(str(path), is_on_device)))
     assert not pathlib.Path(f"{path}-2", "manifest.msgpack").exists()
 
 
