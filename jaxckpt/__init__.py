@@ -14,6 +14,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _inspect      describe, verify, diff
     _pending      a save in the background, and who learns that it failed
     _exchange     which leaves a group of processes reads once and moves between devices
+    _bundling     small leaves that a group reads once and gathers together
     _saving       one save from the tree to the commit
     _restoring    one restore from the manifest to the tree
     _collective   what processes tell each other so that all of them save one checkpoint, or none

@@ -1,8 +1,9 @@
 """How do many small leaves get to every process without each of them reading all of them?
 
-Thousands of biases and scales that are replicated would cost a program and a collective each (`_exchange`). As a *bundle*
-they cost one: each process reads and verifies some of the leaves whole, its *row* of bytes; one all-gather over one
-device of each process gives all rows to all; and each process places its leaves from them, as if it had read them.
+Thousands of biases and scales that are replicated would cost a program and a collective each (`_exchange`). As a
+*bundle* they cost one: each process reads and verifies some of the leaves whole, its *row* of bytes; one all-gather
+over one device of each process gives all rows to all; and each process places its leaves from them, as if it had read
+them.
 
 Leaves are dealt to the rows in order, by bytes. A bundle is bounded, and there are as many as it takes. Bytes are
 gathered, not values, so that nothing can change them.
@@ -23,7 +24,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._collective import CollectiveRestore
 from ._config import PIECE_BYTES
-from ._manifest import Manifest
 from ._placement import place
 from ._reading import Checkpoint
 from ._resharding import ReadExecutor, plan_reads

@@ -245,8 +245,8 @@ def restore(
         happens. Saved values are read from `Checkpoint.items`.
       exchange: In a group of processes, whether leaves that several of them need are read once and moved between the
         devices by XLA. None: when the processes would otherwise read more than 1.5 times the bytes of the leaves, and
-        each more than 128 KiB too much, 64 KiB for one leaf. Small leaves, and what is wanted as NumPy arrays or
-        Python values, are read by each process in any case.
+        each more than 128 KiB too much. What is wanted as NumPy arrays or Python values is read by each process in any
+        case.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 

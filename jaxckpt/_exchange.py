@@ -9,8 +9,9 @@ all of it. So it is cut in another way, one *slab* for each device, such that no
                              the slabs of its own devices              that drops the padding
 
 1. Who moves what (`plan_exchange`). Every process tells how many bytes of each leaf it would read for itself. The
-   leaves that cost the group least stay with that: those that are read once anyway, and small ones, for which a
-   program and a collective would cost more than the reading. Which ones is computed from the sums, alike everywhere.
+   leaves that cost the group least stay with that: those that are read once anyway, and a few small ones. Many small
+   ones go in bundles (`_bundling`), for a program and a collective would cost more than reading one of them. Which ones
+   is computed from the sums, alike everywhere.
 2. How a leaf is cut (`cut_leaf`, pure). Slabs are boxes of equal shape, along one or two axes. Their borders are
    borders of chunks or of checksum blocks, as far as they can be; the smallest slabs win that make the group read
    hardly anything twice. A small leaf that cannot be cut for more than half of the devices is read *whole* for one of
@@ -50,6 +51,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ._bundling import restore_bundled
 from ._collective import CollectiveRestore
 from ._config import BLOCK_BYTES, MIB, PIECE_BYTES
 from ._dtypes import is_sub_byte
@@ -70,9 +72,9 @@ _REPEATED_SHARE = 0.05
 # What each process may read more than its part when nobody asked for an exchange: as much as a manifest has, and not
 # worth the compilation of one program.
 _LOCAL_BYTES = 128 << 10
-# The same of one leaf: a move takes a millisecond or more, as long as reading this several times over. Without this a
-# tree of ten thousand biases would take a minute instead of seconds.
-_LOCAL_BYTES_OF_LEAF = 64 << 10
+# Leaves of which each process would read less than this too much share a program (`_bundling`): one of its own takes
+# some milliseconds, and a tree of ten thousand biases would take a minute.
+_OWN_PROGRAM_BYTES = 64 << 10
 # A leaf that few devices would have slabs of is read whole up to this size, so that many of them are read by all alike.
 _WHOLE_BYTES = 16 * MIB
 
@@ -513,15 +515,24 @@ def plan_exchange(
     }
     if exchange is None:
         room = max(room, _LOCAL_BYTES * together.count)
-        least = _LOCAL_BYTES_OF_LEAF * together.count
-        extra = {number: each for number, each in extra.items() if each >= least}
-    moves = _make_moves(checkpoint, plan, _most_expensive(extra, room))
+    least = _OWN_PROGRAM_BYTES * together.count
+    bundled = [number for number, each in extra.items() if 0 < each < least]
+    bundled_bytes = sum(extra[number] for number in bundled)
+    if bundled_bytes <= room:
+        room -= bundled_bytes
+        bundled = []
+    large = {number: each for number, each in extra.items() if each >= least}
+    moves = _make_moves(checkpoint, plan, _most_expensive(large, room))
     programs = _compile_all(moves, device_bytes_max, together, manifest.keys) if moves else {}
     moves = [move for move in moves if move.recipe in programs]
-    if moves:
-        moved_bytes = sum(move.spec.nbytes for move in moves)
-        _log.info("%d leaves of %d bytes are read once and exchanged", len(moves), moved_bytes)
-    return Exchange(checkpoint, moves, programs, together, host_bytes_max)
+    if moves or bundled:
+        _log.info(
+            "%d leaves are read once and exchanged, %d of them in bundles",
+            len(moves) + len(bundled),
+            len(bundled),
+        )
+    bundle_bytes_max = min(host_bytes_max, device_bytes_max)
+    return Exchange(checkpoint, plan, moves, programs, bundled, together, host_bytes_max, bundle_bytes_max)
 
 
 def _is_movable(target: Target, spec: LeafSpec) -> bool:
@@ -675,14 +686,20 @@ class Exchange:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        plan: RestorePlan,
         moves: Sequence[Move],
         programs: Mapping[Recipe, Any],
+        bundled: Sequence[int],
         together: CollectiveRestore,
         host_bytes_max: int,
+        bundle_bytes_max: int,
     ) -> None:
         """See `plan_exchange`."""
-        self.numbers = frozenset(move.number for move in moves)
+        self.numbers = frozenset([*(move.number for move in moves), *bundled])
         self._checkpoint = checkpoint
+        self._plan = plan
+        self._bundled = bundled
+        self._bundle_bytes_max = bundle_bytes_max
         self._moves = moves
         self._programs = programs
         self._together = together
@@ -715,7 +732,14 @@ class Exchange:
             for move, its_boxes in zip(wave, boxes, strict=True):
                 results[move.number] = self._move(move, its_boxes, filled)
         checkpoint.count_read(executor.bytes_read)
-        return results
+        return results | restore_bundled(
+            checkpoint,
+            self._plan,
+            self._bundled,
+            together,
+            bytes_max=self._bundle_bytes_max,
+            io_threads=io_threads,
+        )
 
     def _waves(self) -> list[list[Move]]:
         waves: list[list[Move]] = []

@@ -403,7 +403,9 @@ def restore_targets(
             value = manifest.values.get(target.leaf)
             if target.leaf in own_leaves and _is_for_this_process(target):
                 value = own_leaves[target.leaf]
-                mine = _own_destinations(target.leaf, plan.boxes[number], manifest.spec(target.leaf), value)
+                mine = destinations_of_bytes(
+                    target.leaf, plan.boxes[number], manifest.spec(target.leaf), value
+                )
             try:
                 results[number] = place(target, manifest.spec(target.leaf), value, mine)
             except (OverflowError, ValueError) as error:
@@ -421,8 +423,8 @@ def _is_for_this_process(target: Target) -> bool:
     return target.sharding is None or is_own_sharding(target.sharding)
 
 
-def _own_destinations(leaf: int, boxes: Sequence[Box], spec: LeafSpec, value: Any) -> list[Destination]:
-    """The value that this process had in a leaf, as if its boxes had been read; none for scalars."""
+def destinations_of_bytes(leaf: int, boxes: Sequence[Box], spec: LeafSpec, value: Any) -> list[Destination]:
+    """Boxes of a leaf as if they had been read, from the bytes of the whole leaf; none for scalars."""
     if not boxes:
         return []
     element = np.dtype((np.void, spec.stored_itemsize))
