@@ -77,7 +77,7 @@ def save(
         objects with ``get_state`` and ``set_state`` (iterators of Grain) or ``state_dict`` and ``load_state_dict``,
         whose state of this moment is stored.
       metadata: Plain data (what msgpack takes: None, bool, int, float, str, bytes, lists, dicts with str keys)
-        to keep beside the tree.
+        to keep beside the tree; that of process 0 of a group.
       local: In a group of processes that share no storage: whether each keeps what its devices have, in
         ``process-<index>`` below ``path``. Only as many processes on the same mesh can restore that.
       options: See `SaveOptions`.

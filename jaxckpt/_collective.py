@@ -56,6 +56,8 @@ from ._zarr import METADATA_NAME, group_metadata
 # with the second until the failure is heard of, all have raised it within five.
 SETTLE_S = 2.5
 _PROBLEMS_TOLD_MAX = 20
+# For messages, by the first word of what the processes do.
+_DONE_BY = {"save": "written", "restore": "restored"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def outline_leaf(template: Template) -> str:
         return "a value"
     text = f"{spec.kind} {spec.dtype} {spec.shape}"
     if spec.kind in ("array", "key"):
-        text += f" {spec.impl or ''}{' weak' if spec.weak_type else ''}"
+        text += f" {spec.impl}" if spec.impl else ""
+        text += " weak" if spec.weak_type else ""
     if template.extent is not None and template.extent.shards is not None and template.sharding is not None:
         return f"{text} {outline_sharding(template.sharding)}"
     # Whatever a process has for itself lies on its own devices.
@@ -149,7 +152,9 @@ def refuse_differences(session: Session, doing: str, outline: Outline, different
             all_problems += found
         headline = f"cannot {doing}: {len(different)} of {session.count} processes passed something else than process 0"
         text = list_problems(
-            headline, all_problems, ["nothing was written; call it with the same everywhere"]
+            headline,
+            all_problems,
+            [f"nothing was {_DONE_BY[doing.split(maxsplit=1)[0]]}; call it with the same everywhere"],
         )
         raise ProcessMismatchError(text, failures, all_problems)
 

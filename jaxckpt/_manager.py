@@ -983,7 +983,7 @@ class CheckpointManager:
     # --- the end ----------------------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until nothing is in flight and old steps are deleted.
+        """Waits until nothing is in flight and old steps are deleted; in a group, those that this process deletes.
 
         Args:
           timeout_s: Most seconds to wait for the save in flight; None waits for ever.
