@@ -474,3 +474,27 @@ def test_processes_on_one_machine_share_its_staging_memory(path: pathlib.Path) -
     assert all(staged <= 8 << 20 for _, staged in found)
     assert sum(staged for _, staged in found) > 16 << 20
     assert jaxckpt.verify(path).ok
+
+
+# --- no collectives on the way of a save ----------------------------------------------------------------------
+
+
+def save_while_a_collective_waits(worker: Worker, path: str, blocking: bool) -> None:
+    """The other processes are in a collective that process 0 joins only when the save is durable."""
+    rows = place(values((64, 96)), global_mesh(), P("x"))
+    total = jax.jit(lambda array: array.sum())
+    total(rows).block_until_ready()
+    tree = {"rows": rows, "own": np.full(4, worker.index), "step": worker.index}
+    waiting = total(rows) if worker.index else None
+    if blocking:
+        jaxckpt.save(path, tree, options=OPTIONS)
+    else:
+        jaxckpt.save_async(path, tree, options=OPTIONS).wait()
+    waiting = total(rows) if waiting is None else waiting
+    assert np.isclose(float(waiting), values((64, 96)).sum())
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_save_needs_no_device_collective(path: pathlib.Path, blocking: bool) -> None:
+    check(run_processes(save_while_a_collective_waits, 4, arguments=(str(path), blocking)))
+    assert jaxckpt.verify(path).ok
