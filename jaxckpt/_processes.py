@@ -367,9 +367,13 @@ class Session:
         """
         turn = self._begin_turn()
         if self.index != 0:
-            return self._hear(turn, phase)
-        assert payload is not None
-        self._channel.put(self._result_key(turn), self._wrap(phase, payload))
+            payload = self._hear(turn, phase)
+        else:
+            assert payload is not None
+            self._channel.put(self._result_key(turn), self._wrap(phase, payload))
+        # Process 0 waits for nobody. Who fails and then finds no result has failed before anybody gets to this line;
+        # who finds one knows that the others went on, see `is_told`.
+        self.check()
         return payload
 
     def is_told(self) -> bool:

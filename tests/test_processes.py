@@ -889,3 +889,32 @@ def test_the_harness_leaves_no_process_behind() -> None:
             group.receive(0, timeout_s=0.1)
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
     assert run_processes(wait_for_ever, 1, timeout_s=0.5)[0].status == "stuck"
+
+
+class InterruptedChannel(MemoryChannel):
+    """Calls something right before process 0 writes a result."""
+
+    def __init__(self, service: MemoryService, count: int, interrupt: Callable[[], None]) -> None:
+        MemoryChannel.__init__(self, service, 0, count)
+        self._interrupt = interrupt
+
+    def put(self, key: str, value: bytes) -> bool:
+        if key.endswith("/result"):
+            self._interrupt()
+        return MemoryChannel.put(self, key, value)
+
+
+def test_who_fails_right_before_process_0_tells_is_heard_by_all_in_that_session() -> None:
+    service = MemoryService()
+    leaving, hearing = (Group(MemoryChannel(service, index, 3)) for index in (1, 2))
+    left = leaving.open_session("leave 'run'", 5)
+
+    def leave() -> None:
+        left.fail(ValueError("it left its loop"))
+        assert not left.is_told()  # so it posts nothing for the next session
+
+    telling = Group(InterruptedChannel(service, 3, leave))
+    with pytest.raises(CoordinationError, match="it left its loop"):
+        telling.open_session("decide 'run'", 5).tell("word", b"save")
+    with pytest.raises(CoordinationError, match="it left its loop"):
+        hearing.open_session("decide 'run'", 5).tell("word")
