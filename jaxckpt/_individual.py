@@ -88,10 +88,9 @@ class OwnLeaves:
         """
         mine = self.digests()
         different = [
-            place
-            for place in range(len(self._numbers))
-            if mine[place * _DIGEST_BYTES :][:_DIGEST_BYTES]
-            != theirs[place * _DIGEST_BYTES :][:_DIGEST_BYTES]
+            at // _DIGEST_BYTES
+            for at in range(0, len(mine), _DIGEST_BYTES)
+            if mine[at : at + _DIGEST_BYTES] != theirs[at : at + _DIGEST_BYTES]
         ]
         problems = [
             Problem(

@@ -400,7 +400,7 @@ def stop_when_told(worker: Worker, path: str, way: str) -> tuple[int, list[int]]
         if step == 200 and way == "process 0":
             os.kill(os.getpid(), signal.SIGUSR1)  # the clusters' way: everybody is told
         manager.save(step, tree)
-        manager.save(step, tree)
+        manager.save(step, tree)  # again: one step gets one answer
         time.sleep(0.002)  # a step
     manager.close()
     worker.meet()
