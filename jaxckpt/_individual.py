@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from ._errors import CorruptError, Problem, UnsupportedLeafError
-from ._leaves import Leaf
+from ._leaves import Leaf, StreamedArray
 from ._manifest import Manifest, decode_value, unpack
 
 # Bytes of copies that a process takes, over all its own leaves: enough for keys, counters and tables.
@@ -54,6 +54,7 @@ class OwnLeaves:
             if leaf.data is None:
                 self._values.append(leaf.value)
                 continue
+            assert not isinstance(leaf.data, StreamedArray)  # a conversion is the work of one process
             is_kept = number in kept
             if isinstance(leaf.data, np.ndarray):
                 self._values.append(_stored_bytes(leaf.data) if is_kept else _digest_of(leaf.data))

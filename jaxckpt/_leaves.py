@@ -1,6 +1,7 @@
 """What kinds of leaves are there, and what must be known of each to bring it back exactly?
 
-A leaf is a `jax.Array`, an array of typed PRNG keys, a `numpy.ndarray`, or a Python or NumPy scalar. `inspect_leaves`
+A leaf is a `jax.Array`, an array of typed PRNG keys, a `numpy.ndarray`, or a Python or NumPy scalar; for conversions
+also a `StreamedArray`, which is never in memory whole. `inspect_leaves`
 turns each into a `Leaf`: a spec for the manifest, and either the value itself or the array whose bytes are to be
 written. Everything that cannot be stored is refused here, all of it at once, before any I/O.
 """
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 import jax
 import jax.core
@@ -18,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from ._dtypes import describe_dtype, stored_form
+from ._dtypes import describe_dtype, is_jax_dtype, stored_form
 from ._errors import Problem, UnsupportedLeafError, list_problems
 from ._layout import LeafExtent
 from ._manifest import RANK_MAX, LeafSpec, encode_value
 from ._shardings import ShardMap, is_own_sharding, local_boxes, map_shards
+from ._store import Buffer
 
 # Longer strings go to chunks, so that the manifest stays small.
 _INLINE_BYTES_MAX = 1 << 14
@@ -45,13 +47,33 @@ class Template:
     extent: LeafExtent | None
 
 
+@final
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class StreamedArray:
+    """An array whose bytes are read while they are written, so that it never is in memory whole.
+
+    Only blocking saves of one process take it, beside leaves in host memory.
+
+    Attributes:
+      shape: Shape.
+      dtype: Type of the elements.
+      read: Gives bytes ``[lo, hi)`` of the array in C order, little endian, valid until the next call. It is called on
+        one thread, with ranges that go forward through the array and cover each byte once. What it raises ends the
+        save.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[int, int], Buffer]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
     """A leaf that can be stored: its template, and its value or the array that holds its bytes."""
 
     template: Template
     value: Any = None
-    data: jax.Array | np.ndarray[Any, Any] | None = None
+    data: jax.Array | np.ndarray[Any, Any] | StreamedArray | None = None
 
 
 class _RefusedError(Exception):
@@ -82,6 +104,8 @@ def _inspect(leaf: Any) -> Leaf:
         return _inspect_jax(leaf)
     if isinstance(leaf, np.ndarray):
         return _inspect_numpy(leaf)
+    if isinstance(leaf, StreamedArray):
+        return _inspect_streamed(leaf)
     if isinstance(leaf, np.generic):
         return Leaf(_VALUE_TEMPLATE, value=_encode_scalar(leaf))
     if type(leaf) in _VALUE_TYPES:
@@ -145,6 +169,12 @@ def _inspect_numpy(leaf: np.ndarray[Any, Any]) -> Leaf:
         raise _RefusedError(f"{error}; save its fields, or a copy in a plain dtype, instead") from error
     order = "F" if leaf.flags.f_contiguous and not leaf.flags.c_contiguous else "C"
     spec = LeafSpec(kind="numpy", dtype=descriptor, shape=leaf.shape, order=order)
+    return Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
+
+
+def _inspect_streamed(leaf: StreamedArray) -> Leaf:
+    kind = "array" if is_jax_dtype(leaf.dtype) else "numpy"
+    spec = LeafSpec(kind=kind, dtype=describe_dtype(leaf.dtype), shape=leaf.shape, committed=kind != "array")
     return Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
 
 

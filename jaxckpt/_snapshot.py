@@ -48,8 +48,8 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from ._config import BLOCK_BYTES, PIECE_BYTES
 from ._dtypes import is_sub_byte
 from ._layout import Piece, Run, Segment, WritePlan, contiguous_runs, flat_boxes, whole_run
-from ._leaves import Leaf
-from ._shardings import Device
+from ._leaves import Leaf, StreamedArray
+from ._shardings import Box, Device
 from ._store import Buffer, allocate_aligned
 
 # Called with a piece, its bytes, and a function that gives the bytes' memory back.
@@ -237,6 +237,7 @@ class _HostReader:
 
     A shard that NumPy can view is read from the view. Where the host form differs (elements of less than a byte,
     devices with memory of their own) it is converted window by window, so that a large one never is in memory twice.
+    A streamed array is read range by range.
     """
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
@@ -250,8 +251,11 @@ class _HostReader:
 
     def read(self, segment: Segment) -> Buffer:
         """The bytes of a segment: a view where the shard is contiguous, else a copy."""
-        if isinstance(self._open(segment), np.ndarray):
-            return _byte_range(self._data, segment.lo, segment.hi)
+        data = self._open(segment)
+        if isinstance(data, StreamedArray):
+            return data.read(segment.lo, segment.hi)
+        if isinstance(data, np.ndarray):
+            return _byte_range(data, segment.lo, segment.hi)
         parts: list[Buffer] = []
         at = segment.lo
         while at < segment.hi:
@@ -271,13 +275,13 @@ class _HostReader:
         return isinstance(data, np.ndarray) and bool(data.flags.c_contiguous)
 
     def _open(self, segment: Segment) -> Any:
-        """The shard: a NumPy array, or a `jax.Array` that must be converted."""
+        """The shard: a NumPy array, a streamed array, or a `jax.Array` that must be converted."""
         shard = (segment.leaf, segment.shard)
         if self._shard != shard:  # consecutive segments mostly belong to one shard
             self._data = _host_view(self._leaves[segment.leaf].data, segment.shard)
             self._shard = shard
             self._window = None
-            if not isinstance(self._data, np.ndarray):
+            if not isinstance(self._data, (np.ndarray, StreamedArray)):
                 itemsize = np.dtype(self._data.dtype).itemsize
                 self._windows = list(contiguous_runs(self._data.shape, itemsize, BLOCK_BYTES))
         return self._data
@@ -296,13 +300,18 @@ def _host_view(data: Any, shard: int) -> Any:
 
     Where there is no such view, a second handle to the shard: converting the array itself would cache the result on it.
     """
-    if isinstance(data, np.ndarray):
+    if isinstance(data, (np.ndarray, StreamedArray)):
         return data
     array = data.addressable_data(shard)
     (device,) = array.devices()
     if device.platform != "cpu" or is_sub_byte(array.dtype):
         return jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
     return np.asarray(array)
+
+
+def read_shard(data: jax.Array, shard: int, box: Box) -> np.ndarray[Any, Any]:
+    """A box of one of this process's shards, in host memory; nothing is cached on the array."""
+    return _to_host(_cut(_host_view(data, shard), Run(0, 0, box)))
 
 
 def _to_host(array: Any) -> np.ndarray[Any, Any]:
