@@ -9,8 +9,9 @@ ARGS ?=
 CUDA ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo ,cuda)
 
 python := .venv/bin/python
-# One test file at a time on each core.
-pytest := $(python) -m pytest --numprocesses auto --dist loadfile --doctest-modules jaxckpt tests
+# Each worker has a part of the tests, in order, and takes from another one's when it has done its own. Bytecode is
+# written, whatever the environment says: the tests start Python many times.
+pytest := PYTHONDONTWRITEBYTECODE= $(python) -m pytest --numprocesses auto --dist worksteal --doctest-modules jaxckpt tests
 install := $(python) -m pip install --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:

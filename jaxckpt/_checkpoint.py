@@ -7,17 +7,18 @@ Restore.  manifest -> match keys with ``like`` -> choose shardings -> plan reads
 A blocking `save` differs from `save_async` and waiting in one thing: it hands the writer views of arrays that are in
 host memory instead of copies. The rest is below: `_saving` runs a save, `_restoring` a restore, `_reading` shows what
 is stored; `_keys` and `_leaves` know what a tree is, `_layout` what is written where, `_snapshot` the way from the
-devices to the host, `_persist` and `_commit` the way to storage, `_matching`, `_resharding` and `_placement` the way
-back.
+devices to the host, `_persist` and `_commit` the way to storage, `_naming`, `_matching`, `_resharding` and `_placement`
+the way back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -28,20 +29,19 @@ from ._config import RestoreOptions, SaveOptions, resolve_host_bytes_max
 from ._exchange import is_exchange_wanted, plan_exchange
 from ._items import check_items, load_items
 from ._manifest import local_directory
-from ._matching import Rename, Select
+from ._naming import Rename, Select
 from ._pending import PendingSave
 from ._placement import Target
 from ._processes import current_group
 from ._reading import Checkpoint, open_checkpoint
 from ._restoring import (
-    RestoreReport,
     WantedTree,
     choose_targets,
-    is_cast,
     is_without_others,
     match_tree,
     outline_restore,
     plan_restore,
+    report_restore,
     restore_targets,
 )
 from ._saving import CheckpointInfo, SaveContext, SaveJob
@@ -59,6 +59,7 @@ def save(
     *,
     overwrite: bool = False,
     items: Mapping[str, Any] | None = None,
+    programs: Mapping[str, Any] | None = None,
     metadata: Any = None,
     local: bool = False,
     options: SaveOptions | None = None,
@@ -76,6 +77,9 @@ def save(
       items: By name, what shall be kept beside the tree and committed with it: plain values, NumPy arrays, and
         objects with ``get_state`` and ``set_state`` (iterators of Grain) or ``state_dict`` and ``load_state_dict``,
         whose state of this moment is stored.
+      programs: By name, functions of the tree to store beside it: `Program` or `jax.export.Exported`, which take the
+        tree first. `Checkpoint.program` runs them without the code of the model. With a tree of
+        `jax.ShapeDtypeStruct` s only the programs are saved.
       metadata: Plain data (what msgpack takes: None, bool, int, float, str, bytes, lists, dicts with str keys)
         to keep beside the tree; that of process 0 of a group.
       local: In a group of processes that share no storage: whether each keeps what its devices have, in
@@ -87,6 +91,8 @@ def save(
 
     Raises:
       UnsupportedLeafError: A leaf cannot be stored; raised before any I/O, with the keys of all such leaves.
+      MissingDependencyError: Programs need ``flatbuffers``. What a program's function raises when it is traced is
+        raised, too.
       ExistsError: A checkpoint is there and ``overwrite`` is False.
       WriteError: Storage refused a write. Nothing was committed.
       CoordinationError: In a group, any of these or other failures of any process; raised in all of them.
@@ -102,7 +108,7 @@ def save(
       >>> jaxckpt.restore(tmp / "a")["step"]
       7
     """
-    context = SaveContext(metadata=metadata, items=items)
+    context = SaveContext(metadata=metadata, items=items, programs=programs)
     options = options or SaveOptions()
     place = _place_of_save(path, local=local)
     return SaveJob(place, tree, overwrite, context, options, is_blocking=True, is_local=local).run()
@@ -114,6 +120,7 @@ def save_async(
     *,
     overwrite: bool = False,
     items: Mapping[str, Any] | None = None,
+    programs: Mapping[str, Any] | None = None,
     metadata: Any = None,
     local: bool = False,
     options: SaveOptions | None = None,
@@ -128,6 +135,7 @@ def save_async(
       tree: As for `save`.
       overwrite: As for `save`.
       items: As for `save`.
+      programs: As for `save`; they are exported before this returns, each once for equal trees.
       metadata: As for `save`.
       local: As for `save`.
       options: See `SaveOptions`; ``host_bytes_max`` bounds the snapshot.
@@ -153,7 +161,7 @@ def save_async(
 
     Source: the split into snapshot and persist follows CheckFreq (Mohan et al., FAST 2021).
     """
-    context = SaveContext(metadata=metadata, items=items)
+    context = SaveContext(metadata=metadata, items=items, programs=programs)
     options = options or SaveOptions()
     place = _place_of_save(path, local=local)
     job = SaveJob(place, tree, overwrite, context, options, is_blocking=False, is_local=local)
@@ -235,8 +243,11 @@ def restore(
         ``f(key, jax.ShapeDtypeStruct) -> Sharding``.
       select: Glob pattern(s) over keys (``*`` also matches ``/``) or a predicate. Leaves that are not selected keep
         the leaf of ``like``; without ``like`` they are left out (None stands for them in sequences).
-      rename: Mapping of saved keys or leading parts of them to new ones, or pairs (regular expression that matches a
-        whole saved key, replacement). Without ``like`` the result is then a nest of dicts.
+      rename: Mapping of saved keys or leading parts of them to new ones (``"/"`` behind both: only what is below;
+        ``"/"`` alone is the root), or pairs (regular expression that matches a whole saved key, replacement). Several
+        new names in a list all get the leaf. `Pieces` cuts a leaf or joins several, `Vocabulary` puts rows where their
+        words are. A rule that fits nothing, or gives ``like`` nothing, is an error. Without ``like`` the result is a
+        nest of dicts.
       missing: For leaves of ``like`` that are not on disk: ``"error"``, or ``"keep"`` the leaf of ``like``.
       unexpected: For leaves on disk that ``like`` does not have: ``"error"`` or ``"ignore"``.
       cast: Whether dtypes are converted to those of ``like``.
@@ -264,7 +275,8 @@ def restore(
     Collective: in a group of processes all of them call it with the same arguments, unless ``like``, ``mesh`` or
       ``sharding`` say that no array spans processes: then each reads alone what is for its devices.
     Host memory: on CPU the arrays themselves and a few MiB for each reading thread; on accelerators, and for what is
-      exchanged, at most ``host_bytes_max``, or one box of the largest array.
+      exchanged, at most ``host_bytes_max``, or one box of the largest array; of leaves that are made of `Pieces` or
+      for a `Vocabulary` one at a time, and 64 MiB.
     Device memory: the arrays themselves, and ``device_bytes_max`` for what is exchanged.
 
     Example:
@@ -275,11 +287,11 @@ def restore(
     began_s = time.perf_counter()
     options = options or RestoreOptions()
     together = _begin_together(path, like, mesh, sharding, options)
-    try:
-        _check_choice("missing", missing, ("error", "keep"))
-        _check_choice("unexpected", unexpected, ("error", "ignore"))
+    with _telling_others(together):
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         bytes_before = 0 if checkpoint is not path else checkpoint.bytes_read
+        if like is None:
+            checkpoint.check_values()
         wanted = match_tree(
             checkpoint,
             like,
@@ -292,42 +304,40 @@ def restore(
         )
         check_items(items or {}, checkpoint.items if items else {}, checkpoint.path)
         targets = choose_targets(checkpoint, wanted, mesh, sharding)
-        restored = _restore_targets(checkpoint, wanted, targets, options, together, exchange)
-        leaves = [
-            match.like if match.leaf is None else restored[number]
-            for number, match in enumerate(wanted.matches)
-        ]
-        tree = wanted.unflatten(leaves)
+        tree = wanted.fill(_restore_targets(checkpoint, wanted, targets, options, together, exchange))
         bytes_read = checkpoint.bytes_read - bytes_before
         group_bytes_read = bytes_read if together is None else together.end(bytes_read)
+    if items:
+        load_items(items, checkpoint.items, checkpoint.path)
+    done = report_restore(
+        checkpoint,
+        wanted,
+        targets,
+        bytes_read=bytes_read,
+        group_bytes_read=group_bytes_read,
+        seconds=time.perf_counter() - began_s,
+    )
+    _log.info(
+        "restored %s: %d leaves, %d bytes in %.3f s", done.path, len(targets), done.nbytes, done.seconds
+    )
+    return (tree, done) if report else tree
+
+
+@contextlib.contextmanager
+def _telling_others(together: CollectiveRestore | None) -> Generator[None]:
+    """In a group: tells the other processes when this one fails, and raises what they raise."""
+    if together is None:
+        yield
+        return
+    try:
+        yield
     except BaseException as error:
-        if together is None:
-            raise
         failure = together.session.fail(error)
         if failure is error:
             raise
         raise failure from error
     finally:
-        if together is not None:
-            together.session.close()
-    if items:
-        load_items(items, checkpoint.items, checkpoint.path)
-    seconds = time.perf_counter() - began_s
-    nbytes = sum(checkpoint.manifest.spec(target.leaf).nbytes for target in targets.values())
-    _log.info("restored %s: %d leaves, %d bytes in %.3f s", checkpoint.path, len(targets), nbytes, seconds)
-    if not report:
-        return tree
-    return tree, RestoreReport(
-        path=checkpoint.path,
-        restored=tuple(wanted.keys[number] for number in targets),
-        kept=tuple(key for key, match in zip(wanted.keys, wanted.matches, strict=True) if match.leaf is None),
-        ignored=wanted.ignored,
-        cast=tuple(wanted.keys[number] for number, target in targets.items() if is_cast(checkpoint, target)),
-        nbytes=nbytes,
-        bytes_read=bytes_read,
-        seconds=seconds,
-        group_bytes_read=group_bytes_read,
-    )
+        together.session.close()
 
 
 def _begin_together(
@@ -367,8 +377,3 @@ def _restore_targets(
         plan = plan_restore(checkpoint, rest, host_bytes_max, options.io_threads)
     restored = restore_targets(checkpoint, plan, options.io_threads, process)
     return restored | moved.run(options.io_threads)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")

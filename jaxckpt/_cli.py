@@ -3,12 +3,13 @@
 Each command is a function that takes the parsed arguments and an `_Output`, says what it found, and returns the exit
 code. With ``--json`` it says the same as one JSON document. Results go to stdout, errors and the progress bar to
 stderr. No device is touched: a checkpoint of any size can be looked into on a machine whose accelerators are busy.
-Nothing is changed but by ``prune``.
+Nothing is changed but by ``prune``, and ``convert`` writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from typing import Any, Literal, TextIO, final
 import numpy as np
 
 from ._commit import PIN_NAME
+from ._converting import FORMATS, OWN_FORMAT, convert
 from ._errors import (
     CheckpointError,
     CorruptError,
@@ -30,6 +32,7 @@ from ._errors import (
     printable,
     printable_key,
 )
+from ._execution import InputError, read_inputs, run_program, write_results
 from ._inspect import (
     LeafDescription,
     describe,
@@ -42,7 +45,7 @@ from ._inspect import (
 )
 from ._manager import CheckpointEvent, CheckpointManager
 from ._manifest import MANIFEST_NAME
-from ._progress import format_bytes
+from ._progress import Progress, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._retention import Best, Verdict
 from ._saving import library_versions
@@ -59,10 +62,11 @@ BROKEN_PIPE = 141  # and of one that SIGPIPE ended
 _EPILOG = """\
 exit codes:
   0    done; verify: whole; diff: the same
-  1    damaged or different: verify, cat, diff or info found damage, ls a manifest that cannot be read, diff a
-       difference; prune could not delete a step that goes
+  1    damaged or different: verify, cat, diff, info or convert found damage, ls a manifest that cannot be read,
+       diff a difference; prune could not delete a step that goes
   2    wrong usage
-  3    no committed checkpoint, no such leaf, directory or metric, or a checkpoint that cannot be read
+  3    no committed checkpoint, no such leaf, directory or metric, or a checkpoint that cannot be read; convert: one
+       is at DST, or cannot be written
   130  interrupted
   141  the reader of the output went away
 
@@ -79,6 +83,29 @@ may also be given as the commands print it, with escape sequences.
 
 Every digit that tells a number from its neighbours is printed. On a terminal more than 1000 elements are abbreviated;
 --all, or a pipe, gets all of them.
+"""
+
+_RUN_HELP = """\
+Runs a program that was saved with a checkpoint, with the values of the checkpoint as its tree. A program is code, and
+can do whatever you can: run programs of people whom you trust.
+
+Inputs are given in the order of the function's arguments, or by name; jaxckpt info shows the names. Results are written
+to --output, or printed. For example:
+
+  jaxckpt run run/step_100 predict --input x.npy --output y.npy
+  jaxckpt run run/step_100 predict --input x=x.npy --fetch hidden --fetch logits --output values.npz
+"""
+
+_CONVERT_HELP = """\
+Writes a checkpoint in another format. That of SRC is found out; a checkpoint of TensorFlow is named by its prefix, one
+of its files or its directory, and written as a prefix. The new checkpoint is verified before the command ends. Memory
+stays at some dozens of MiB, whatever the size of the checkpoint.
+
+The leaves of a converted checkpoint have the names of the arrays as their keys, so that restore(like=...) finds them.
+Where a name lies below another, as w/Adam below w, the rest of it is one part with an escaped slash: w~1Adam.
+
+  jaxckpt convert model.ckpt-1000 run/imported --select 'model/*' --rename model=params --dtype bfloat16
+  jaxckpt convert run/step_100 exported/model.ckpt --to tensorflow --select 'params/*'
 """
 
 _PRUNE_HELP = """\
@@ -183,11 +210,51 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--all", action="store_true", help="abbreviate nothing")
     command.add_argument("checkpoint", metavar="CKPT")
     command.add_argument("key", metavar="KEY[slice]")
+    command = add("run", _run, "run a program of a checkpoint on its values", _RUN_HELP)
+    command.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a .npy file with an input, or a .npz file with several by name; may be repeated",
+    )
+    command.add_argument(
+        "--fetch",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an output or a value inside; may be repeated",
+    )
+    command.add_argument(
+        "--output", metavar="FILE", help="where to write: .npy for one value, .npz for several by name"
+    )
+    command.add_argument("checkpoint", metavar="CKPT")
+    command.add_argument("program", metavar="PROGRAM")
     command = add("verify", _verify, "reread every stored byte and compare checksums")
     command.add_argument("checkpoint", metavar="CKPT")
     command = add("diff", _diff, "compare two checkpoints leaf by leaf")
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
+    command = add("convert", _convert, "write a checkpoint in another format", _CONVERT_HELP)
+    command.add_argument("--to", choices=FORMATS, default=OWN_FORMAT, help=f"format of DST ({OWN_FORMAT})")
+    command.add_argument(
+        "--select",
+        action="append",
+        metavar="GLOB",
+        help="arrays whose names in SRC match; * also matches /; may be repeated",
+    )
+    command.add_argument(
+        "--rename",
+        type=_rename_rule,
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="another name, or leading part of names; may be repeated",
+    )
+    command.add_argument("--dtype", metavar="NAME", help="floating type that floating arrays are cast to")
+    command.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    command.add_argument("source", metavar="SRC")
+    command.add_argument("destination", metavar="DST")
     command = add(
         "prune", _prune, "delete the steps of a manager's directory that no rule keeps", _PRUNE_HELP
     )
@@ -238,6 +305,13 @@ def _count_or_all(text: str) -> int | Literal["all"]:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'") from None
+
+
+def _rename_rule(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
+    return old, new
 
 
 def _best_rule(text: str) -> Best:
@@ -381,6 +455,8 @@ def _info(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> i
         "metrics": found.metrics,
         "items": names,
         "items_bytes": found.items_bytes,
+        "programs": [dataclasses.asdict(program) for program in found.programs],
+        "elements": found.elements,
         "bytes": found.nbytes,
         "stored_bytes": found.stored_bytes,
         "objects": found.objects,
@@ -488,6 +564,35 @@ def _parse_index(text: str) -> tuple[Any, ...]:
     return tuple(index) if len(index) > 1 else index[0]
 
 
+def _run(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
+    del bar
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    try:
+        # Whoever types this command says that the program may run.
+        program = checkpoint.program(arguments.program, trust=True)
+    except KeyError as error:
+        raise _MissingError(error.args[0]) from error
+    try:
+        inputs = read_inputs(program, arguments.input)
+        results = run_program(program, inputs, arguments.fetch)
+        if arguments.output is not None:
+            write_results(arguments.output, results)
+    except InputError as error:
+        raise _UsageError(str(error)) from error
+    document: dict[str, dict[str, Any]] = {
+        name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in results.items()
+    }
+    if arguments.output is not None:
+        lines = [f"{name}: {array.dtype}{list(array.shape)}" for name, array in results.items()]
+        output.say("\n".join(map(printable, lines)), document)
+        return OK
+    for name, array in results.items():
+        document[name]["values"] = array
+    texts = [f"{name} = {np.array2string(array)}" for name, array in results.items()]
+    output.say("\n".join(map(_printable_lines, texts)), document)
+    return OK
+
+
 def _verify(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
     report = verify(arguments.checkpoint, on_progress=bar.show)
     bar.close()
@@ -516,6 +621,43 @@ def _diff(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> i
     }
     output.say(_printable_lines(str(report)), document)
     return OK if report.same else DIFFERS
+
+
+def _convert(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
+    def show(progress: Progress) -> None:
+        bar.show(progress)
+        if progress.phase == "done":
+            bar.close()  # the verification draws its own
+
+    try:
+        done = convert(
+            arguments.source,
+            arguments.destination,
+            to=arguments.to,
+            select=arguments.select,
+            rename=dict(arguments.rename) or None,
+            dtype=arguments.dtype,
+            overwrite=arguments.overwrite,
+            on_progress=show,
+        )
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _UsageError(str(error)) from error
+    bar.close()
+    document = {
+        "source": done.source,
+        "source_format": done.source_format,
+        "destination": done.destination,
+        "destination_format": done.destination_format,
+        "leaves": done.leaves,
+        "bytes": done.nbytes,
+        "ok": done.ok,
+        "problems": [_problem_document(problem) for problem in done.problems],
+        "seconds": done.seconds,
+    }
+    output.say(_printable_lines(str(done)), document)
+    return OK if done.ok else DIFFERS
 
 
 def _prune(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:

@@ -84,6 +84,13 @@ class Attempt:
         """Writes a metadata object below the data directory and remembers its checksum."""
         self._put(f"{self.data}/{name}", data)
 
+    def share_metadata(self, name: str, data: bytes, source: Store, source_name: str) -> None:
+        """As `put_metadata`, without storing the bytes again if an object of another checkpoint has them."""
+        path = f"{self.data}/{name}"
+        if not self.store.link(path, data, source, source_name):
+            self.store.put(path, data)
+        self._remember(path, data)
+
     def put_root_group(self) -> None:
         """Writes the root's group metadata, which is the same for every attempt, unless it is there."""
         data = group_metadata()

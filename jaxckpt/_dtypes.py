@@ -88,6 +88,7 @@ def zarr_name(dtype: np.dtype[Any]) -> str | None:
     return None
 
 
+@functools.cache
 def is_jax_dtype(dtype: np.dtype[Any]) -> bool:
     """Whether a `jax.Array` can have this dtype."""
     return zarr_name(dtype) is not None or (dtype.isnative and dtype.name in _JAX_ONLY_NAMES)

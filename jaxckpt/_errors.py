@@ -9,6 +9,8 @@
     ├── UnsupportedLeafError (also TypeError)          a leaf or dict key that cannot be stored (.problems)
     ├── CoordinationError                              a process of the group failed, or did not answer (.failures)
     │   └── ProcessMismatchError (also MismatchError)  processes passed different trees or steps
+    ├── MissingDependencyError (also ImportError)      an extra is not installed; with the pip line
+    ├── UntrustedProgramError (also PermissionError)   a stored program is code, and nobody said that it may run
     └── WriteError           (also OSError)            storage refused
 
 A message says what failed and where, up to ten problems (one a line, with the key and both values), how
@@ -124,6 +126,17 @@ class ProcessMismatchError(CoordinationError, MismatchError):
 
 class UnsupportedLeafError(CheckpointError, TypeError):
     """The tree holds something that cannot be stored. Nothing was written."""
+
+
+class UntrustedProgramError(CheckpointError, PermissionError):
+    """A stored program is code, and was opened without ``trust=True``."""
+
+
+class MissingDependencyError(CheckpointError, ImportError):
+    """A package that only some users need is not installed."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        CheckpointError.__init__(self, message, problems)  # ImportError's own takes no second argument
 
 
 class WriteError(CheckpointError, OSError):

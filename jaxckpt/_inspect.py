@@ -20,6 +20,7 @@ import numpy as np
 from ._config import PIECE_BYTES, RestoreOptions
 from ._errors import CorruptError, FormatError, Problem, printable, printable_key
 from ._layout import flat_boxes
+from ._manifest import ProgramEntry
 from ._progress import Progress, ProgressMeter, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._resharding import ReadExecutor, plan_reads
@@ -161,6 +162,62 @@ class LeafDescription:
     weak_type: bool
     value: Any = None
 
+    @property
+    def elements(self) -> int:
+        """Number of elements of an array; 0 for scalars of Python and NumPy and for strings."""
+        return math.prod(self.shape) if self.kind in ("array", "key", "numpy") else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProgramDescription:
+    """One program of a `Description`: how it is called, what made it, and where it runs.
+
+    Attributes:
+      name: What it is called.
+      inputs: What it takes beside the tree: names, and dtypes with shapes.
+      outputs: What it returns; a part that is like the whole tree is ``"tree"``.
+      intermediates: Values inside of it that can be fetched.
+      nbytes: Bytes of its object.
+      sha256: Of its object, in hexadecimal.
+      platforms: What it runs on.
+      devices: For how many devices it was exported; 1 runs on any number.
+      vjp_order: How many times it can be differentiated.
+      exported: When it was exported, ISO 8601, UTC.
+      versions: Versions of jax and jaxlib that exported it.
+    """
+
+    name: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    intermediates: dict[str, str]
+    nbytes: int
+    sha256: str
+    platforms: tuple[str, ...]
+    devices: int
+    vjp_order: int
+    exported: str
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = [
+            f"program     {self.name}({', '.join(['tree', *_labelled(self.inputs)])})",
+            f"  returns   {', '.join(_labelled(self.outputs)) or 'nothing'}",
+            f"  size      {format_bytes(self.nbytes)}, for {', '.join(self.platforms)}",
+            f"  exported  {self.exported} by {versions}",
+        ]
+        if self.intermediates:
+            lines.insert(2, f"  inside    {', '.join(_labelled(self.intermediates))}")
+        if self.devices != 1:
+            lines.append(f"  devices   {self.devices}")
+        if self.vjp_order:
+            lines.append(f"  vjp       {self.vjp_order}")
+        return "\n".join(map(printable, lines))
+
+
+def _labelled(forms: dict[str, str]) -> list[str]:
+    return [f"{name}: {form}" for name, form in forms.items()]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Description:
@@ -177,6 +234,7 @@ class Description:
       stored_bytes: Bytes of all objects with chunks, metadata and items.
       objects: Number of those objects.
       leaves: One `LeafDescription` for each leaf, in the order of the tree.
+      programs: One `ProgramDescription` for each program.
     """
 
     path: str
@@ -189,19 +247,30 @@ class Description:
     stored_bytes: int
     objects: int
     leaves: tuple[LeafDescription, ...]
+    programs: tuple[ProgramDescription, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of all arrays together."""
+        return sum(leaf.elements for leaf in self.leaves)
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.writer.items())
+        counts = [
+            format_count(len(self.leaves), "leaf", "leaves"),
+            format_count(self.elements, "element", "elements"),
+        ]
         lines = [
             f"checkpoint  {self.path}",
             f"committed   {self.created} by {versions}",
-            f"holds       {format_count(len(self.leaves), 'leaf', 'leaves')}, {format_bytes(self.nbytes)}",
+            f"holds       {', '.join(counts)}, {format_bytes(self.nbytes)}",
             f"stored in   {format_count(self.objects, 'object', 'objects')}, {format_bytes(self.stored_bytes)}",
         ]
         if self.metadata is not None:
             lines.append(f"metadata    {self.metadata!r}")
         if self.metrics:
             lines.append(f"metrics     {format_metrics(self.metrics)}")
+        lines += [str(program) for program in self.programs]
         if self.items_bytes:
             lines.append(f"items       {format_bytes(self.items_bytes)}")
         return "\n".join([*lines, "", self.table()])
@@ -255,6 +324,7 @@ def describe(path: Path | Checkpoint) -> Description:
         stored_bytes=manifest.stored_bytes,
         objects=manifest.object_count,
         leaves=tuple(_describe_leaf(checkpoint[key]) for key in manifest.keys),
+        programs=tuple(_describe_program(name, entry) for name, entry in manifest.programs.items()),
     )
 
 
@@ -271,6 +341,22 @@ def _describe_leaf(leaf: StoredLeaf) -> LeafDescription:
         chunks=spec.chunk_count,
         weak_type=leaf.weak_type,
         value=leaf[...] if leaf.kind == "value" else None,
+    )
+
+
+def _describe_program(name: str, entry: ProgramEntry) -> ProgramDescription:
+    return ProgramDescription(
+        name=name,
+        inputs=dict(entry.inputs),
+        outputs=dict(entry.outputs),
+        intermediates=dict(entry.intermediates),
+        nbytes=entry.length,
+        sha256=entry.sha256.hex(),
+        platforms=entry.platforms,
+        devices=entry.devices,
+        vjp_order=entry.vjp_order,
+        exported=format_date(entry.created_s),
+        versions={"jax": entry.jax, "jaxlib": entry.jaxlib},
     )
 
 

@@ -462,7 +462,7 @@ def _namedtuple_class(name: str, fields: tuple[str, ...]) -> Any:
 
 
 def nested_dicts(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
-    """A tree of plain dicts from keys; what a renamed tree becomes when nobody gives a structure.
+    """A tree of dicts from keys; what a renamed tree becomes when nobody gives a structure.
 
     Raises:
       MismatchError: Keys that are none, that name the same place, or of which one lies below another.
@@ -477,7 +477,7 @@ def nested_dicts(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
             problems.append(Problem(key, "rename", wrong))
     if problems:
         raise MismatchError(list_problems("the keys do not make up a tree", problems), problems)
-    return root
+    return with_sortable_keys(root)
 
 
 def _put_nested(root: dict[Any, Any], key: str, leaf: Any) -> str | None:
@@ -497,3 +497,16 @@ def _put_nested(root: dict[Any, Any], key: str, leaf: Any) -> str | None:
         return "is no key: after ~ only 0, 1, e, s and j have a meaning"
     inner[last] = leaf
     return None
+
+
+def with_sortable_keys(node: Any) -> Any:
+    """The tree with an ordered dict for each dict whose keys cannot be sorted, which JAX does with those of others."""
+    if not isinstance(node, dict):
+        return node
+    children: dict[Any, Any] = node  # pyright: ignore[reportUnknownVariableType]
+    pairs = [(key, with_sortable_keys(child)) for key, child in children.items()]
+    try:
+        sorted(children)
+    except TypeError:
+        return collections.OrderedDict(pairs)
+    return dict(pairs)

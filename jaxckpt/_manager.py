@@ -115,6 +115,7 @@ class _Call:
     metrics: Mapping[str, Any] | None
     items: Mapping[str, Any] | None
     metadata: Any
+    programs: Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -223,6 +224,7 @@ class CheckpointManager:
         prefix: str = "step_",
         width: int = 8,
         local: bool = False,
+        programs: Mapping[str, Any] | None = None,
         options: SaveOptions | None = None,
         on_event: Callable[[CheckpointEvent], None] | None = None,
         progress: bool = False,
@@ -273,6 +275,7 @@ class CheckpointManager:
         self._monotonic_s = monotonic_s
         self._wall_s = wall_s
 
+        self._programs = programs
         self._is_closed = False
         self._has_warned_of_metrics = False
         self._listeners: list[Callable[[int, Any], None]] = []
@@ -306,6 +309,7 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None = None,
         items: Mapping[str, Any] | None = None,
         metadata: Any = None,
+        programs: Mapping[str, Any] | None = None,
         force: bool = False,
         overwrite: bool = False,
     ) -> PendingSave | None:
@@ -321,6 +325,7 @@ class CheckpointManager:
           metrics: Numbers by name, on devices too, to choose the best steps by.
           items: As for `jaxckpt.save`.
           metadata: As for `jaxckpt.save`.
+          programs: As for `jaxckpt.save`; None: those of the manager.
           force: Whether to save although the step is not due.
           overwrite: Whether to replace the step if it is there from an earlier run.
 
@@ -354,6 +359,7 @@ class CheckpointManager:
         if self._is_closed:
             raise ValueError(f"the manager of {self._directory.path!r} is closed")
         self._has_seen_steps = True
+        call = _Call(step, tree, metrics, items, metadata, self._programs if programs is None else programs)
         decide: Callable[[], _Decision] | None = None
         if self._leader is not None:
             if self._is_word_needed(step, force=force):
@@ -364,9 +370,9 @@ class CheckpointManager:
             if reason is not None:
                 decide = functools.partial(self._decide_due, step, reason, overwrite=overwrite)
         if decide is None:
-            self._unsaved = _Call(step, tree, metrics, items, metadata) if self._saves_last else None
+            self._unsaved = call if self._saves_last else None
             return None
-        return self._decide_and_act(_Call(step, tree, metrics, items, metadata), decide)
+        return self._decide_and_act(call, decide)
 
     def _is_word_needed(self, step: int, *, force: bool) -> bool:
         """Whether process 0 has to decide on this call; each process of a group finds the same."""
@@ -519,11 +525,13 @@ class CheckpointManager:
         context = SaveContext(
             metadata=call.metadata,
             items=call.items,
+            programs=call.programs,
             metrics=call.metrics,
             step=step,
             began_s=began_s,
             waited_s=waited_s,
             wall_s=self._wall_s if time_s is None else lambda: time_s,
+            earlier=self._newest_store,
             newest_good=self._newest_good,
             on_progress=None if self._bar is None else self._bar.show,
         )
@@ -642,6 +650,14 @@ class CheckpointManager:
         if self._is_first:
             _log.warning("%s", message)
         self._tell("skipped", step, message)
+
+    def _newest_store(self) -> Store | None:
+        """Where the newest step is."""
+        try:
+            newest = self.latest_step()
+        except OSError:
+            return None
+        return None if newest is None else self._directory.store_of(newest)
 
     def _newest_good(self) -> str:
         try:

@@ -47,6 +47,7 @@ LOCAL_FEATURE = "local"
 MANIFEST_NAME = "manifest.msgpack"
 ITEMS_DIRECTORY = "items"  # below the data directory, with one object for each process
 PARTS_DIRECTORY = "parts"
+PROGRAMS_DIRECTORY = "programs"  # one object for each content, named by its sha256
 OWN_DIRECTORY = "own"  # leaves in which a process has another value than process 0
 PROCESSES_MAX = 65_535
 ABSENT = 65_535  # in the place of an owner: another process keeps the chunk, in a directory of its own
@@ -95,7 +96,7 @@ class LeafSpec:
     @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the stored array; 0 for values."""
-        return 0 if self.kind == "value" else math.prod(self.shape) * self.np_dtype.itemsize
+        return 0 if self.dtype is None else math.prod(self.shape) * self.np_dtype.itemsize
 
     @functools.cached_property
     def stored_shape(self) -> tuple[int, ...]:
@@ -143,6 +144,38 @@ class PartEntry:
     stored_bytes: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProgramEntry:
+    """What the manifest says of a program; whoever opens it checks this first.
+
+    Attributes:
+      name: Path of its object in the checkpoint.
+      length: Bytes of the object.
+      sha256: Of the object.
+      jax, jaxlib: Versions that exported it.
+      created_s: When that was, in seconds since 1970.
+      platforms: What it runs on, in the words of `jax.export`.
+      devices: How many devices it wants; with 1 it runs on any number.
+      convention: Version of the calling convention of `jax.export`.
+      vjp_order: How many times it can be differentiated.
+      inputs, outputs, intermediates: Names, and dtypes with shapes, for people; the object says all of it.
+    """
+
+    name: str
+    length: int
+    sha256: bytes
+    jax: str
+    jaxlib: str
+    created_s: float
+    platforms: tuple[str, ...]
+    devices: int
+    convention: int
+    vjp_order: int
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    intermediates: tuple[tuple[str, str], ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Manifest:
     """Everything that a checkpoint says of itself.
@@ -172,6 +205,7 @@ class Manifest:
     owners: tuple[np.ndarray[Any, Any], ...] = ()
     owner_index: np.ndarray[Any, Any] = dataclasses.field(default_factory=lambda: _NO_OWNERS)
     local: tuple[int, int] | None = None
+    programs: dict[str, ProgramEntry] = dataclasses.field(default_factory=dict[str, ProgramEntry])
 
     def spec(self, leaf: int) -> LeafSpec:
         """The spec of a leaf."""
@@ -249,6 +283,11 @@ class Manifest:
         return next((entry for entry in self.objects if entry.name == path), None)
 
     @property
+    def program_bytes(self) -> int:
+        """Bytes of all programs."""
+        return sum({entry.name: entry.length for entry in self.programs.values()}.values())
+
+    @property
     def items_bytes(self) -> int:
         """Bytes of the items of all processes."""
         start = f"{self.data}/{ITEMS_DIRECTORY}/"
@@ -323,7 +362,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         **encode_table(manifest.chunks, manifest.packs),
         "objects": [[entry.name, entry.length, entry.checksum] for entry in manifest.objects],
     }
-    if manifest.owners or manifest.parts:
+    if manifest.parts or manifest.local is not None:
         payload["owners"] = [column.astype("<u2").tobytes() for column in manifest.owners]
         payload["owner_index"] = manifest.owner_index.astype("<i4").tobytes()
     if manifest.parts:
@@ -332,6 +371,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
         ]
     if manifest.local is not None:
         payload["local"] = list(manifest.local)
+    if manifest.programs:
+        payload["programs"] = {name: dataclasses.asdict(entry) for name, entry in manifest.programs.items()}
     return _frame(bytes(msgpack.packb(payload, unicode_errors="surrogatepass") or b""))
 
 
@@ -457,7 +498,7 @@ class _Parser:
             self._fail("a leaf names a spec that is not there")
         manifest = Manifest(
             data=self._data_directory(),
-            created_s=self._created_s(),
+            created_s=self._time(self._fields["created_s"]),
             writer=self._writer(),
             metadata=self._fields["metadata"],
             nodes=self._fields["tree"],
@@ -471,10 +512,12 @@ class _Parser:
             chunks=NO_CHUNKS,
             objects=self._objects(),
             metrics=self._metrics(),
+            programs=self._programs(),
             **self._owners(len(keys)),
         )
         self._check_leaves(manifest)
         self._check_owners(manifest)
+        self._check_programs(manifest)
         chunks, packs = self._table(manifest)
         return dataclasses.replace(manifest, chunks=chunks, packs=packs)
 
@@ -542,6 +585,13 @@ class _Parser:
         if len(index) and np.any(lengths[index] != np.diff(manifest.chunk_starts)):
             self._fail("owners of another number of chunks than their leaf has")
 
+    def _check_programs(self, manifest: Manifest) -> None:
+        """Every program is one of the objects."""
+        length_of = {entry.name: entry.length for entry in manifest.objects}
+        for name, entry in manifest.programs.items():
+            if length_of.get(entry.name) != entry.length:
+                self._fail(f"a program that is not there: {name[:80]!r}")
+
     def _fail(self, message: str, kind: str = "manifest") -> NoReturn:
         _fail(self._source, message, kind=kind)
 
@@ -599,6 +649,40 @@ class _Parser:
             self._fail("its metrics are not numbers by name")
         return metrics
 
+    def _programs(self) -> dict[str, ProgramEntry]:
+        programs = self._fields.get("programs", {})
+        if not isinstance(programs, dict):
+            self._fail("its programs are not a map")
+        return {name: self._program(name, record) for name, record in programs.items()}
+
+    def _program(self, name: Any, record: Any) -> ProgramEntry:
+        if not isinstance(name, str) or not name or not isinstance(record, dict):
+            self._fail("a program without a name, or without a record")
+        lines = {
+            field: tuple((str(label), str(text)) for label, text in self._as_list(record[field], field))
+            for field in ("inputs", "outputs", "intermediates")
+        }
+        texts = (record["jax"], record["jaxlib"], *self._as_list(record["platforms"], "platforms"))
+        if not all(isinstance(text, str) for text in texts) or not record["platforms"]:
+            self._fail(f"a program with versions or platforms that are no texts: {name[:80]!r}")
+        if not isinstance(record["sha256"], bytes) or len(record["sha256"]) != 32:
+            self._fail(f"a program with a bad sha256: {name[:80]!r}")
+        if self._size(record["length"]) > ITEMS_BYTES_MAX:
+            self._fail(f"a program beyond all reason: {name[:80]!r}")
+        return ProgramEntry(
+            name=self._path(record["name"]),
+            length=record["length"],
+            sha256=record["sha256"],
+            jax=record["jax"],
+            jaxlib=record["jaxlib"],
+            created_s=self._time(record["created_s"]),
+            platforms=tuple(record["platforms"]),
+            devices=self._size(record["devices"]),
+            convention=self._size(record["convention"]),
+            vjp_order=self._size(record["vjp_order"]),
+            **lines,
+        )
+
     def _data_directory(self) -> str:
         name = self._fields["data"]
         if (
@@ -610,11 +694,10 @@ class _Parser:
             self._fail("it names a bad data directory")
         return name
 
-    def _created_s(self) -> float:
-        created_s = self._fields["created_s"]
-        if type(created_s) not in (int, float) or not 0 <= created_s < TIME_S_MAX:
+    def _time(self, time_s: Any) -> float:
+        if type(time_s) not in (int, float) or not 0 <= time_s < TIME_S_MAX:
             self._fail("it was written at no possible time")
-        return float(created_s)
+        return float(time_s)
 
     def _keys(self) -> tuple[str, ...]:
         keys = self._fields["keys"]
@@ -752,8 +835,11 @@ class _Parser:
         for name, length, checksum in self._list("objects"):
             if not isinstance(checksum, bytes) or len(checksum) != CHECKSUM_BYTES:
                 self._fail("an object with a bad checksum")
-            is_items = str(name).startswith(f"{self._fields['data']}/{ITEMS_DIRECTORY}/")
-            if self._size(length) > (ITEMS_BYTES_MAX if is_items else _METADATA_BYTES_MAX):
+            data = self._fields["data"]
+            may_be_large = str(name).startswith(
+                (f"{data}/{ITEMS_DIRECTORY}/", f"{data}/{PROGRAMS_DIRECTORY}/")
+            )
+            if self._size(length) > (ITEMS_BYTES_MAX if may_be_large else _METADATA_BYTES_MAX):
                 self._fail("a metadata object beyond all reason")
             entries.append(StoredObject(self._path(name), length, checksum))
         return tuple(entries)

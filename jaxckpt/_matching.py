@@ -1,31 +1,27 @@
 """Which saved leaf goes to which place of the wanted tree, and where do the two differ?
 
-All functions are pure and report every difference at once.
+`match_leaves` holds saved leaves, by the names that `_naming` gave them, against the leaves of ``like``: missing,
+unexpected, of another shape, dtype or kind. What is made of parts of saved leaves (`_deriving`) is held against it as
+if it had been saved.
 
-1. `select_keys`: which saved leaves are asked for.
-2. `rename_keys`: what they are called from now on; a rule that renames nothing is an error, as are collisions.
-3. `match_leaves`: saved leaves against the leaves of ``like``: missing, unexpected, other shape, dtype or kind.
+All functions are pure and report every difference at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._deriving import Derivation, Source, derive
 from ._errors import FormatError, MismatchError, Problem, list_problems
 from ._manifest import LeafSpec, Manifest, decode_value
-
-Select = str | Sequence[str] | Callable[[str], bool] | None
-Rename = Mapping[str, str] | Sequence[tuple[str, str]] | None
 
 _PYTHON_KINDS = (bool, int, float, complex, str, bytes)
 _DTYPE_OF_NUMBER = {kind: np.dtype(kind) for kind in (bool, int, float, complex)}
@@ -39,113 +35,6 @@ _IGNORE_UNEXPECTED = 'pass unexpected="ignore" to leave out what `like` does not
 _ADVICE = (_CAST, _CAST_NUMBERS, _RESHAPE, _KEEP_MISSING, _IGNORE_UNEXPECTED)
 
 
-def select_keys(keys: Sequence[str], select: Select) -> list[bool]:
-    """Which keys are selected.
-
-    Args:
-      keys: Saved keys.
-      select: A glob pattern over whole keys in which ``*`` also matches ``/``, several of them, or a predicate.
-        None selects all.
-
-    Raises:
-      MismatchError: A pattern matches no key.
-    """
-    if select is None:
-        return [True] * len(keys)
-    if callable(select):
-        return [bool(select(key)) for key in keys]
-    patterns = [select] if isinstance(select, str) else list(select)
-    compiled = [re.compile(fnmatch.translate(pattern)) for pattern in patterns]
-    matches = [[bool(pattern.match(key)) for key in keys] for pattern in compiled]
-    problems = [
-        Problem(pattern, "select", "matches no saved key")
-        for pattern, row in zip(patterns, matches, strict=True)
-        if not any(row)
-    ]
-    if problems:
-        advice = [f"saved keys: {_some(keys)}"]
-        raise MismatchError(
-            list_problems("select= names leaves that are not there", problems, advice), problems
-        )
-    return [any(column) for column in zip(*matches, strict=True)] if matches else [False] * len(keys)
-
-
-def is_key_selected(key: str, select: Select) -> bool:
-    """Whether a single key, of ``like`` say, is asked for."""
-    if select is None:
-        return True
-    if callable(select):
-        return bool(select(key))
-    patterns = [select] if isinstance(select, str) else select
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def rename_keys(keys: Sequence[str], is_selected: Sequence[bool], rename: Rename) -> list[str]:
-    """New names of saved keys.
-
-    Args:
-      keys: Saved keys.
-      is_selected: Which of them are asked for; only those must not collide.
-      rename: A mapping of saved keys, or of leading parts of them (whole components), to new ones; or pairs of
-        a regular expression that must match a whole saved key and its replacement. The first rule that fits wins.
-
-    Raises:
-      MismatchError: A rule fits no key, or two leaves get the same key.
-    """
-    if rename is None:
-        return list(keys)
-    if isinstance(rename, Mapping):
-        # The longest prefix first: the exact key before its parents.
-        rules = sorted(rename.items(), key=lambda rule: -len(rule[0]))
-        apply = _rename_prefix
-    else:
-        rules = list(rename)
-        apply = _rename_regex
-    used = [False] * len(rules)
-    renamed = []
-    for key in keys:
-        new_key = key
-        for number, (old, new) in enumerate(rules):
-            replaced = apply(key, old, new)
-            if replaced is not None:
-                used[number] = True
-                new_key = replaced
-                break
-        renamed.append(new_key)
-    problems = [
-        Problem(old, "rename", "this rule renames no saved key")
-        for (old, _), is_used in zip(rules, used, strict=True)
-        if not is_used
-    ]
-    first_owner: dict[str, str] = {}
-    for key, new_key, is_wanted in zip(keys, renamed, is_selected, strict=True):
-        if not is_wanted:
-            continue
-        if new_key in first_owner:
-            problems.append(Problem(new_key, "rename", f"would be both {first_owner[new_key]!r} and {key!r}"))
-        first_owner[new_key] = key
-    if problems:
-        raise MismatchError(
-            list_problems("rename= cannot be applied", problems, [f"saved keys: {_some(keys)}"]), problems
-        )
-    return renamed
-
-
-def _rename_prefix(key: str, old: str, new: str) -> str | None:
-    if key == old:
-        return new
-    if old and key.startswith(old + "/"):
-        return f"{new}/{key[len(old) + 1 :]}" if new else key[len(old) + 1 :]
-    if not old:
-        return f"{new}/{key}"
-    return None
-
-
-def _rename_regex(key: str, pattern: str, replacement: str) -> str | None:
-    match = re.fullmatch(pattern, key)
-    return match.expand(replacement) if match else None
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Match:
     """What becomes of one leaf of the wanted tree.
@@ -153,15 +42,24 @@ class Match:
     Attributes:
       leaf: Number of the saved leaf, or None to keep the one of ``like``.
       like: The leaf of ``like``; None when there is no ``like``.
+      derivation: Of which rows it is made where it is not one saved leaf; ``leaf`` is the first one then.
     """
 
     leaf: int | None
     like: Any = None
+    derivation: Derivation | None = None
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Numbers of all saved leaves that it needs."""
+        if self.derivation is not None:
+            return self.derivation.leaves
+        return () if self.leaf is None else (self.leaf,)
 
 
 def match_leaves(
     manifest: Manifest,
-    saved: Mapping[str, int],
+    saved: Mapping[str, int | Source],
     unselected: Iterable[str],
     like_keys: Sequence[str],
     like_leaves: Sequence[Any],
@@ -176,7 +74,7 @@ def match_leaves(
 
     Args:
       manifest: What is saved.
-      saved: New key of each selected leaf, to its number.
+      saved: New key of each selected leaf, to its number or what it is made of.
       unselected: Keys that are not asked for; places with these keys keep the leaf of ``like``.
       like_keys: Keys of the wanted tree.
       like_leaves: Its leaves.
@@ -193,10 +91,13 @@ def match_leaves(
     matches: list[Match] = []
     problems: list[Problem] = []
     advice: set[str] = set()
+    like_of_key = dict(zip(like_keys, like_leaves, strict=True))
     for key, like in zip(like_keys, like_leaves, strict=True):
         if key in saved:
-            matches.append(Match(saved[key], like))
-            for problem, hint in _differences(key, manifest, saved[key], like, cast=cast, reshape=reshape):
+            match = match_source(manifest, key, saved[key], like_of_key, problems)
+            matches.append(match)
+            may_reshape = reshape and match.derivation is None
+            for problem, hint in _differences(key, manifest, match, cast=cast, reshape=may_reshape):
                 problems.append(problem)
                 advice.add(hint)
             continue
@@ -206,7 +107,7 @@ def match_leaves(
         if missing != "keep":
             problems.append(Problem(key, "missing", "not on disk"))
             advice.add(_KEEP_MISSING)
-        elif isinstance(like, jax.ShapeDtypeStruct):
+        elif isinstance(like, jax.ShapeDtypeStruct) or hasattr(like, "restore_as_saved"):
             problems.append(Problem(key, "missing", "not on disk, and `like` has no value to keep there"))
     if unexpected != "ignore":
         wanted = set(like_keys)
@@ -224,11 +125,34 @@ def match_leaves(
     return matches
 
 
+def match_source(
+    manifest: Manifest,
+    key: str,
+    source: int | Source,
+    like_of_key: Mapping[str, Any] | None,
+    problems: list[Problem],
+) -> Match:
+    """What becomes of a leaf that is on disk; adds to the problems when it cannot be made."""
+    like = None if like_of_key is None else like_of_key[key]
+    if not isinstance(source, Source):
+        return Match(source, like)
+    try:
+        derivation = derive(manifest, key, source, like_of_key)
+    except MismatchError as error:
+        problems.extend(error.problems)
+        return Match(None, like)
+    return Match(source.leaves[0], like, derivation)
+
+
 def _differences(
-    key: str, manifest: Manifest, leaf: int, like: Any, *, cast: bool, reshape: bool
+    key: str, manifest: Manifest, match: Match, *, cast: bool, reshape: bool
 ) -> Iterable[tuple[Problem, str]]:
-    spec = manifest.spec(leaf)
-    if hasattr(like, "restore_as_saved"):
+    leaf, like = match.leaf, match.like
+    if leaf is None or hasattr(like, "restore_as_saved"):
+        return
+    spec = manifest.spec(leaf) if match.derivation is None else match.derivation.spec
+    if spec.kind == "strings":
+        yield from _string_differences(key, spec, like)
         return
     like_kind = _kind_of(like)
     saved_kind = {"bytes": "value", "str": "value"}.get(spec.kind, spec.kind)
@@ -252,7 +176,7 @@ def _differences(
     if tuple(like.shape) != shape:
         can_reshape = like_kind != "key" and math.prod(like.shape) == math.prod(shape)
         if not (can_reshape and reshape):
-            hint = _RESHAPE if can_reshape else ""
+            hint = _RESHAPE if can_reshape and match.derivation is None else ""
             yield Problem(key, "shape", f"shape {shape} on disk, {tuple(like.shape)} in `like`"), hint
     if like_kind != "key" and np.dtype(like.dtype) != spec.np_dtype:
         message = f"dtype {spec.np_dtype} on disk, {np.dtype(like.dtype)} in `like`"
@@ -260,6 +184,16 @@ def _differences(
             yield Problem(key, "dtype", message), ""
         elif not cast:
             yield Problem(key, "dtype", message), _CAST
+
+
+def _string_differences(key: str, spec: LeafSpec, like: Any) -> Iterable[tuple[Problem, str]]:
+    """Strings of a foreign file: one is ``bytes`` or ``str``, an array of them a NumPy array of objects."""
+    in_like = f"{type(like).__name__} {getattr(like, 'dtype', '')}".rstrip()
+    is_array = isinstance(like, np.ndarray) and like.dtype == object
+    if not is_array and type(like) not in (bytes, str):
+        yield Problem(key, "kind", f"strings on disk, {in_like} in `like`"), ""
+    elif np.shape(like) != spec.shape:
+        yield Problem(key, "shape", f"shape {spec.shape} on disk, {np.shape(like)} in `like`"), ""
 
 
 def _value_differences(
@@ -385,8 +319,3 @@ def _key_form(impl: str) -> tuple[Any, tuple[int, ...]]:
     """The dtype of typed PRNG keys of an implementation, and the shape of the data of one."""
     key, data = jax.eval_shape(lambda: (made := jax.random.key(0, impl=impl), jax.random.key_data(made)))
     return key.dtype, data.shape
-
-
-def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join(repr(key) for key in keys[:5])
-    return shown + (f", ... ({len(keys)} in all)" if len(keys) > 5 else "")

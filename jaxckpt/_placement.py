@@ -11,15 +11,17 @@ with one call; the boxes were deduplicated before, so that replicas share their 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Sharding
 
-from ._manifest import LeafSpec, decode_text, decode_value
+from ._deriving import Derivation
+from ._manifest import LeafSpec, Manifest, decode_text, decode_value
 from ._resharding import Destination
 from ._shardings import Box, box_of, shard_boxes
 
@@ -29,13 +31,14 @@ class Target:
     """What one restored leaf shall be.
 
     Attributes:
-      leaf: Number of the saved leaf.
+      leaf: Number of the saved leaf, or of the first of several.
       kind: ``"array"``, ``"key"``, ``"numpy"``, ``"value"``, ``"bytes"``, ``"str"``.
       sharding: For arrays and keys; None makes them uncommitted on the default device.
       shape: Wanted shape of the array or key data.
       dtype: Wanted dtype; for keys that of the key data.
       weak_type: Whether the array is weakly typed.
       python_type: Type of a Python number that is made from an array (``cast=True``).
+      derivation: Of which rows it is made where it is not one saved leaf; then `_gathering` makes it.
     """
 
     leaf: int
@@ -45,6 +48,16 @@ class Target:
     dtype: np.dtype[Any] | None = None
     weak_type: bool = False
     python_type: type | None = None
+    derivation: Derivation | None = None
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Numbers of all saved leaves that it needs."""
+        return (self.leaf,) if self.derivation is None else self.derivation.leaves
+
+    def saved_spec(self, manifest: Manifest) -> LeafSpec:
+        """What was saved; of a derived leaf what would have been."""
+        return manifest.spec(self.leaf) if self.derivation is None else self.derivation.spec
 
 
 def is_fortran(target: Target, spec: LeafSpec) -> bool:
@@ -93,7 +106,7 @@ def finish(target: Target, spec: LeafSpec, array: jax.Array) -> jax.Array:
     """The leaf that a target wants, from its elements on its devices."""
     if target.kind == "key":
         return jax.random.wrap_key_data(array, impl=spec.impl)
-    return _with_weak_type(array) if target.weak_type else array
+    return with_weak_type(array) if target.weak_type else array
 
 
 def _from_value(target: Target, value: Any) -> Any:
@@ -109,7 +122,7 @@ def _from_value(target: Target, value: Any) -> Any:
         placed = jax.make_array_from_callback(
             array.shape, target.sharding, lambda index: array[index], dtype=array.dtype
         )
-    return _with_weak_type(placed) if target.weak_type else placed
+    return with_weak_type(placed) if target.weak_type else placed
 
 
 def typed(destination: Destination, spec: LeafSpec) -> np.ndarray[Any, Any]:
@@ -147,15 +160,23 @@ def _jax_array(target: Target, spec: LeafSpec, destinations: Sequence[Destinatio
             lambda index: np.asarray(whole[index], dtype, order="C"),
             dtype=dtype,
         )
-    if not destinations:
-        # `make_array_from_callback` asks for the values of a replicated array where no device wants them, too.
-        return jax.make_array_from_single_device_arrays(target.shape, target.sharding, [], dtype=dtype)
     rank = len(spec.shape)
     arrays = {
         (lo[:rank], hi[:rank]): cast(typed(destination, spec), dtype)
         for destination in destinations
         for lo, hi in (destination.box,)
     }
+    return assemble(target, dtype, arrays)
+
+
+def assemble(target: Target, dtype: np.dtype[Any], arrays: Mapping[Box, np.ndarray[Any, Any]]) -> jax.Array:
+    """An array of its distinct boxes, as many as the devices of this process need."""
+    if target.sharding is None:
+        (whole,) = arrays.values()
+        return jax.device_put(whole)
+    if not arrays:
+        # `make_array_from_callback` asks for the values of a replicated array where no device wants them, too.
+        return jax.make_array_from_single_device_arrays(target.shape, target.sharding, [], dtype=dtype)
     if len(arrays) == 1:
         (only,) = arrays.values()
         return jax.make_array_from_callback(target.shape, target.sharding, lambda _: only, dtype=dtype)
@@ -176,14 +197,16 @@ def cast(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, A
             return array.astype(np.int8 if are_integers else np.float32).astype(dtype)
 
 
-def _with_weak_type(array: jax.Array) -> jax.Array:
+def with_weak_type(array: jax.Array) -> jax.Array:
     """The same array, weakly typed. There is no public way; a checkpoint would cost a retrace without it."""
-    try:
-        # What jax.Array's own unpickling did up to 0.11; nothing is copied.
-        array.aval = array.aval.update(weak_type=True)  # type: ignore[misc, attr-defined]
-    except AttributeError:  # from 0.12 on it is read-only
-        from jax._src.lax import lax
+    if not isinstance(array, Tracer):
+        try:
+            # What jax.Array's own unpickling did up to 0.11; nothing is copied.
+            array.aval = array.aval.update(weak_type=True)  # type: ignore[misc, attr-defined]
+            return array
+        except AttributeError:  # from 0.12 on it is read-only
+            pass
+    from jax._src.lax import lax
 
-        convert: Any = lax._convert_element_type  # noqa: SLF001
-        return convert(array, array.dtype, weak_type=True)
-    return array
+    convert: Any = lax._convert_element_type  # noqa: SLF001
+    return convert(array, array.dtype, weak_type=True)

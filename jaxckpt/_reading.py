@@ -8,22 +8,33 @@ looked into on a laptop.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import difflib
 import functools
-import itertools
+import hashlib
 import math
-import operator
 from collections.abc import Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
+import jax
 import numpy as np
 
+from ._calling import StoredProgram, check_entry, open_program, platforms_here
 from ._config import BLOCK_BYTES, PIECE_BYTES, RestoreOptions
 from ._dtypes import zarr_name
-from ._errors import CheckpointError, NotFoundError
+from ._errors import (
+    CheckpointError,
+    CorruptError,
+    MismatchError,
+    NotFoundError,
+    Problem,
+    UntrustedProgramError,
+    printable,
+    printable_key,
+)
+from ._indexing import read_indexed
 from ._individual import decode_own_leaves
 from ._items import decode_items
-from ._keys import rebuild
+from ._keys import NONE_NODE, rebuild
 from ._manifest import (
     MANIFEST_BYTES_MAX,
     MANIFEST_NAME,
@@ -40,7 +51,15 @@ from ._parts import ChunkIndex
 from ._processes import current_group
 from ._resharding import Destination, ReadExecutor, plan_reads
 from ._shardings import Box
+from ._steps import CACHE_NAME
 from ._store import Hold, Store, open_store
+
+# Comparing a key with so many others takes a tenth of a second.
+_KEYS_COMPARED_MAX = 1000
+
+
+if TYPE_CHECKING:
+    from jaxckpt import Description, VerifyReport
 
 
 def open_checkpoint(path: Any) -> Checkpoint:
@@ -50,8 +69,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
         store, data, hold = _read_manifest(store)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(
-            f"no committed checkpoint at {store.path!r}: there is no {MANIFEST_NAME}\n"
-            "check the path; a save that was interrupted leaves none"
+            f"no committed checkpoint at {store.path!r}: there is no {MANIFEST_NAME}\n{_advice_for(store)}"
         ) from error
     except OSError as error:
         raise CheckpointError(
@@ -68,9 +86,21 @@ def open_checkpoint(path: Any) -> Checkpoint:
         raise
 
 
+def _advice_for(store: Store) -> str:
+    """What to do where no manifest is."""
+    with contextlib.suppress(OSError):
+        if store.exists(CACHE_NAME):
+            return "a manager keeps its steps there: CheckpointManager(path).open() opens the newest"
+    return "check the path; a save that was interrupted leaves none"
+
+
 @final
 class Checkpoint:
     """A committed checkpoint, open for reading. `jaxckpt.open` makes these.
+
+    What it holds: ``key in checkpoint``, `keys`, `shapes`, `dtypes`, ``print(checkpoint)``. ``checkpoint[key][...]`` is
+    a leaf as NumPy array, ``checkpoint[key][10:20]`` a part of it. `jaxckpt.describe`, `jaxckpt.verify` and
+    `jaxckpt.restore` take an open checkpoint as they take its path.
 
     As long as the object is there, no manager deletes the checkpoint, and no overwrite its data, on this machine and
     wherever the file system's locks reach.
@@ -125,6 +155,103 @@ class Checkpoint:
         entry = self._manifest.items_of(process) or self._manifest.items_of(0)
         return {} if entry is None else decode_items(self.read_object(entry), self.path)
 
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Names of what was given as ``programs=``."""
+        return tuple(self._manifest.programs)
+
+    def program(self, name: str, *, trust: bool = False, bind: bool = True, **keywords: Any) -> StoredProgram:
+        """Opens a stored program, which needs nothing of the code that it was made from.
+
+        Args:
+          name: One of `programs`.
+          trust: Whether its code may run. A program can do whatever the process can; say True to programs of people
+            whom you would let run code on this machine.
+          bind: Whether the leaves that it uses are restored and bound to it: it is called as ``program(*inputs)`` then,
+            else as ``program(tree, *inputs)``.
+          **keywords: ``mesh=``, ``sharding=`` and ``options=`` of `jaxckpt.restore`, for the leaves to bind.
+
+        Raises:
+          KeyError: There is no such program.
+          UntrustedProgramError: ``trust`` is not True.
+          MissingDependencyError: The package ``flatbuffers`` is not installed.
+          FormatError: It was exported by a JAX that is too new or too old for this one, or is no program.
+          CorruptError: Its bytes are damaged.
+          MismatchError: It is for other platforms, or for more devices; or there are no values to bind.
+
+        Collective: with ``bind``, as `jaxckpt.restore`.
+
+        Example:
+          >>> double = jaxckpt.Program(lambda tree: tree["w"] * 2)
+          >>> _ = jaxckpt.save(tmp / "a", {"w": jnp.arange(3)}, programs={"double": double})
+          >>> jaxckpt.open(tmp / "a").program("double", trust=True)()
+          Array([0, 2, 4], dtype=int32)
+        """
+        entry = self._manifest.programs.get(name)
+        if entry is None:
+            known = ", ".join(map(repr, self.programs)) or "none"
+            raise KeyError(f"{name!r} is no program of {self.path!r}; it has {known}")
+        if trust is not True:
+            raise UntrustedProgramError(
+                f"the program {name!r} of {self.path!r} is code, and can do whatever this process can\n"
+                "pass trust=True if you would let those who wrote it run code here; restoring values never runs it"
+            )
+        check_entry(
+            name,
+            entry,
+            jax_version=jax.__version__,
+            platforms=platforms_here(),
+            device_count=jax.device_count(),
+        )
+        program = open_program(name, entry, self.read_program(name), self.path)
+        if not bind:
+            return program
+        if not program.arguments:
+            return program.bind({})
+        self.check_values()
+        # A verb that stands above this module, by its public name; so below.
+        import jaxckpt
+
+        return program.bind(jaxckpt.restore(self, select=set(program.arguments).__contains__, **keywords))
+
+    def check_values(self) -> None:
+        """For tools: refuses a checkpoint of programs alone.
+
+        Raises:
+          MismatchError: It is one.
+        """
+        if self._manifest.programs and self._manifest.nodes == [NONE_NODE]:
+            raise MismatchError(
+                f"{self.path!r} holds programs and no values\n"
+                "open(path).program(name, trust=True, bind=False).bind(tree) runs one on values from elsewhere"
+            )
+
+    def read_program(self, name: str) -> bytes:
+        """The bytes of a program, verified; they are not opened.
+
+        Raises:
+          CorruptError: They are damaged.
+        """
+        entry = self._manifest.programs[name]
+        stored = next(each for each in self._manifest.objects if each.name == entry.name)
+        data = self.read_object(stored)
+        if len(data) != entry.length or hashlib.sha256(data).digest() != entry.sha256:
+            problem = Problem(None, "checksum", f"{entry.name}: its sha256 is not that of the manifest")
+            raise CorruptError(f"cannot open the program {name!r} of {self.path!r}\n  {problem}", [problem])
+        return data
+
+    def describe(self) -> Description:
+        """What is in it: `jaxckpt.describe` of it."""
+        import jaxckpt
+
+        return jaxckpt.describe(self)
+
+    def verify(self) -> VerifyReport:
+        """Rereads every object and compares checksums: `jaxckpt.verify` of it."""
+        import jaxckpt
+
+        return jaxckpt.verify(self)
+
     def own_leaves_of(self, process: int) -> dict[int, Any]:
         """For tools: the leaves in which a process had another value than process 0, by number; see `_individual`.
 
@@ -176,8 +303,32 @@ class Checkpoint:
 
     def __getitem__(self, key: str) -> StoredLeaf:
         if key not in self._leaf_of_key:
-            raise KeyError(f"{key!r} is not in {self.path!r}, which has {len(self)} leaves")
+            raise KeyError(f"{key!r} is not in {self.path!r}, which has {len(self)} leaves{self._hint(key)}")
         return StoredLeaf(self, self._leaf_of_key[key])
+
+    def _hint(self, key: object) -> str:
+        """Keys that are much like one that is not there."""
+        if not isinstance(key, str):
+            return ""
+        close = difflib.get_close_matches(key, self.keys()[:_KEYS_COMPARED_MAX])
+        return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each leaf by key; see `StoredLeaf.shape`."""
+        return {key: self[key].shape for key in self.keys()}
+
+    def dtypes(self) -> dict[str, Any]:
+        """Type of each leaf's elements by key; see `StoredLeaf.dtype`."""
+        return {key: self[key].dtype for key in self.keys()}
+
+    def __str__(self) -> str:
+        """The leaves, one a line: key, dtype and shape. `jaxckpt.describe` says more."""
+        lines = [f"{self.path}: {len(self)} leaves, {self.nbytes} bytes"]
+        for key in self.keys():
+            leaf = self[key]
+            dtype = f"key<{leaf.spec.impl}>" if leaf.kind == "key" else leaf.dtype
+            lines.append(f"  {printable_key(key)} ({printable(str(dtype))}) {list(leaf.shape)}")
+        return "\n".join(lines)
 
     def tree(self) -> Any:
         """The tree of the checkpoint with a `StoredLeaf` for each leaf; nothing is read.
@@ -351,22 +502,12 @@ class StoredLeaf:
     def _read_index(self, index: Any) -> Any:
         """What basic indexing of the array gives; steps that pass over whole blocks do not read them."""
         spec = self._spec
-        axes, squeeze = _parse_index(index, spec.shape)
-        runs_of_axes = []
-        for axis, places in enumerate(axes):
+
+        def is_split(axis: int, step: int) -> bool:
             row_bytes = math.prod(spec.chunk_shape[axis + 1 :]) * spec.stored_itemsize
-            is_split = abs(places.step) > max(1, min(spec.chunk_shape[axis], BLOCK_BYTES // row_bytes))
-            runs_of_axes.append(_runs_of(places, is_split=is_split))
-        picks = list(itertools.product(*runs_of_axes))
-        boxes = [(tuple(run.lo for run in pick), tuple(run.hi for run in pick)) for pick in picks]
-        parts = self._read_boxes(boxes)
-        steps = [(*(slice(None, None, run.step) for run in pick), Ellipsis) for pick in picks]
-        if len(picks) == 1:
-            return parts[0][steps[0]][squeeze]
-        whole = np.empty(tuple(map(len, axes)), spec.np_dtype)
-        for pick, part, step in zip(picks, parts, steps, strict=True):
-            whole[tuple(run.out for run in pick)] = part[step]
-        return whole[squeeze]
+            return step > max(1, min(spec.chunk_shape[axis], BLOCK_BYTES // row_bytes))
+
+        return read_indexed(index, spec.shape, spec.np_dtype, is_split, self._read_boxes)
 
     @property
     def spec(self) -> LeafSpec:
@@ -387,63 +528,3 @@ class StoredLeaf:
         places = [self._checkpoint.index.place(self._leaf, chunk) for chunk in range(int(first), int(last))]
         cut = repr((self._spec.chunk_shape, [place.length for place in places])).encode()
         return cut + b"".join(place.table.fingerprint(place.row) for place in places)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Run:
-    """Places along one axis that are read as one range.
-
-    Attributes:
-      lo, hi: The range.
-      step: Which of its places are wanted, beginning at the end when negative.
-      out: Where they go in the result.
-    """
-
-    lo: int
-    hi: int
-    step: int
-    out: slice
-
-
-def _runs_of(places: range, *, is_split: bool) -> list[_Run]:
-    """One run for all places, or one for each."""
-    if is_split:
-        return [_Run(place, place + 1, 1, slice(at, at + 1)) for at, place in enumerate(places)]
-    if not places:
-        return [_Run(0, 0, 1, slice(0, 0))]
-    lo, last = min(places[0], places[-1]), max(places[0], places[-1])
-    return [_Run(lo, last + 1, places.step, slice(0, len(places)))]
-
-
-def _parse_index(index: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[Any, ...]]:
-    """The places that basic indexing asks for along each axis, and the index that drops axes of integers."""
-    parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
-    at = [number for number, part in enumerate(parts) if part is Ellipsis]
-    if len(at) > 1:
-        raise IndexError("only one ellipsis is allowed")
-    split = at[0] if at else len(parts)
-    before, after = parts[:split], parts[split + 1 :]
-    fill = len(shape) - len(before) - len(after)
-    if fill < 0:
-        raise IndexError(f"{len(before) + len(after)} indices for an array of rank {len(shape)}")
-    axes: list[range] = []
-    squeeze: list[Any] = []
-    for axis, part in enumerate((*before, *(slice(None),) * fill, *after)):
-        if isinstance(part, slice):
-            axes.append(range(shape[axis])[part])
-            squeeze.append(slice(None))
-        else:
-            place = _integer(part)
-            if not -shape[axis] <= place < shape[axis]:
-                raise IndexError(f"index {place} is out of bounds for axis {axis} with size {shape[axis]}")
-            axes.append(range(shape[axis])[place : place + 1 or None])
-            squeeze.append(0)
-    # As in NumPy, an ellipsis makes the difference between an array without axes and a scalar.
-    return axes, (*squeeze, Ellipsis) if at else tuple(squeeze)
-
-
-def _integer(part: Any) -> int:
-    if not isinstance(part, (bool, np.bool_)):
-        with contextlib.suppress(TypeError):
-            return operator.index(part)
-    raise IndexError(f"only integers, slices and ... index a stored leaf, not {type(part).__name__}")

@@ -1,17 +1,19 @@
 """How does a restore decide what each leaf becomes, and carry it out?
 
-1. `match_tree` pairs saved leaves with the places of the wanted tree (`_matching`).
+1. `match_tree` pairs saved leaves with the places of the wanted tree (`_naming`, `_matching`).
 2. `choose_targets` gives every array its sharding, the first that applies of: ``sharding=``, ``mesh=``, ``like``'s,
    the saved one.
 3. `restore_targets` checks that all objects are there and whole in length, then reads, verifies and places the
    leaves: all at once on CPU, where the bytes on the host are the arrays, else in waves that fit the host memory.
+   Those that are made of parts of saved leaves follow, one after the other (`_gathering`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,60 +21,30 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 
 from ._collective import Outline, outline_sharding
 from ._config import PIECE_BYTES
+from ._deriving import Source
 from ._errors import MismatchError, Problem, list_problems
+from ._gathering import gather, has_shards_of
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
 from ._manifest import LeafSpec, Manifest, StoredObject, decode_value
-from ._matching import (
-    Match,
-    Rename,
-    Select,
-    is_key_selected,
-    key_dtype,
-    match_leaves,
-    rename_keys,
-    select_keys,
-)
-from ._placement import Target, boxes_of, is_fortran, place
+from ._matching import Match, key_dtype, match_leaves, match_source
+from ._naming import Rename, Select, is_key_selected, rename_keys, select_keys
+from ._placement import Target, boxes_of, is_fortran, place, typed
 from ._reading import Checkpoint
+from ._reporting import RestoreReport
 from ._resharding import Destination, ReadExecutor, ReadPlan, plan_reads
 from ._shardings import Box, fit_to_mesh, give_devices, is_own_sharding, rebuild_sharding
 from ._store import allocate_aligned
 from ._zarr import METADATA_NAME
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RestoreReport:
-    """What a restore did.
+class Described(Protocol):
+    """What must be known of a checkpoint to match it with a tree, of this library's format or another's."""
 
-    Attributes:
-      path: Where the checkpoint is.
-      restored: Keys (as they are called in the result) of the leaves that came from storage.
-      kept: Keys that kept the leaf of ``like``.
-      ignored: Saved keys that were left out.
-      cast: Keys whose dtype was converted.
-      nbytes: Bytes of the restored arrays, as saved.
-      bytes_read: Bytes that were asked of storage, manifest and metadata included.
-      seconds: Seconds that it took.
-      group_bytes_read: The same as `bytes_read`, of all processes of the group together.
-    """
+    @property
+    def path(self) -> str: ...
 
-    path: str
-    restored: tuple[str, ...]
-    kept: tuple[str, ...]
-    ignored: tuple[str, ...]
-    cast: tuple[str, ...]
-    nbytes: int
-    bytes_read: int
-    seconds: float
-    group_bytes_read: int
-
-
-def is_cast(checkpoint: Checkpoint, target: Target) -> bool:
-    spec = checkpoint.manifest.spec(target.leaf)
-    if spec.kind == "value":
-        value = decode_value(checkpoint.manifest.values[target.leaf])
-        return target.kind != "value" or target.python_type not in (None, type(value))
-    return target.kind == "value" or (target.dtype is not None and target.dtype != spec.np_dtype)
+    @property
+    def manifest(self) -> Manifest: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,9 +56,13 @@ class WantedTree:
     unflatten: Callable[[Sequence[Any]], Any]
     ignored: tuple[str, ...]
 
+    def fill(self, restored: Mapping[int, Any]) -> Any:
+        """The tree, from what came from storage by the number of its leaf, and else from ``like``."""
+        return self.unflatten([restored.get(number, match.like) for number, match in enumerate(self.matches)])
+
 
 def match_tree(
-    checkpoint: Checkpoint,
+    checkpoint: Described,
     like: Any,
     select: Select,
     rename: Rename,
@@ -95,20 +71,23 @@ def match_tree(
     unexpected: str,
     cast: bool,
     reshape: bool,
+    nest: Callable[[Sequence[str], Sequence[Any]], Any] = nested_dicts,
 ) -> WantedTree:
+    """How the tree that is wanted gets its leaves; ``nest`` makes it where renamed keys are all that is given."""
+    _check_choice("missing", missing, ("error", "keep"))
+    _check_choice("unexpected", unexpected, ("error", "ignore"))
     manifest = checkpoint.manifest
-    is_selected = select_keys(manifest.keys, select)
-    renamed = rename_keys(manifest.keys, is_selected, rename)
-    selected = {key: leaf for leaf, key in enumerate(renamed) if is_selected[leaf]}
+    renamed = rename_keys(manifest.keys, select_keys(manifest.keys, select), rename)
     if like is None:
-        return _whole_tree(manifest, selected, is_nested=rename is not None)
+        return _whole_tree(checkpoint, renamed.sources, None if rename is None else nest)
     flat = flatten(like)
-    unselected = [key for leaf, key in enumerate(renamed) if not is_selected[leaf]]
-    unselected += [key for key in flat.keys if not is_key_selected(key, select)]
+    if unexpected == "ignore":  # else what `like` does not have is an error anyway
+        renamed.check_wanted(flat.keys)
+    unselected = [key for key in flat.keys if not is_key_selected(key, select)]
     matches = match_leaves(
         manifest,
-        selected,
-        unselected,
+        renamed.sources,
+        [*renamed.unselected, *unselected],
         flat.keys,
         flat.leaves,
         missing=missing,
@@ -117,31 +96,50 @@ def match_tree(
         reshape=reshape,
         path=checkpoint.path,
     )
-    taken = {match.leaf for match in matches}
-    ignored = tuple(key for leaf, key in enumerate(manifest.keys) if leaf not in taken)
-    return WantedTree(flat.keys, matches, flat.unflatten, ignored)
+    return WantedTree(flat.keys, matches, flat.unflatten, _ignored(manifest, matches))
 
 
-def _whole_tree(manifest: Manifest, selected: dict[str, int], *, is_nested: bool) -> WantedTree:
-    """All selected leaves, in the saved structure, or in nested dicts when keys were renamed."""
-    taken = set(selected.values())
-    ignored = tuple(key for leaf, key in enumerate(manifest.keys) if leaf not in taken)
-    if is_nested:
-        nested_dicts(list(selected), list(selected))  # raises now rather than after everything was read
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def _whole_tree(
+    checkpoint: Described,
+    sources: dict[str, int | Source],
+    nest: Callable[[Sequence[str], Sequence[Any]], Any] | None,
+) -> WantedTree:
+    """All selected leaves, in the saved structure, or nested by their keys."""
+    manifest = checkpoint.manifest
+    keys = tuple(sources)
+    problems: list[Problem] = []
+    matches = [match_source(manifest, key, source, None, problems) for key, source in sources.items()]
+    if problems:
+        headline = f"cannot restore {checkpoint.path!r}: {len(problems)} leaves cannot be made"
+        raise MismatchError(list_problems(headline, problems), problems)
+    if nest is not None:
+        nest(keys, keys)  # raises now rather than after everything was read
 
     def unflatten(leaves: Sequence[Any]) -> Any:
-        if is_nested:
-            return nested_dicts(list(selected), leaves)
+        if nest is not None:
+            return nest(keys, leaves)
         places: list[Any] = [PRUNED] * len(manifest.keys)
-        for leaf, value in zip(selected.values(), leaves, strict=True):
-            places[leaf] = value
+        for match, value in zip(matches, leaves, strict=True):
+            assert match.leaf is not None
+            places[match.leaf] = value
         return rebuild(manifest.nodes, places)
 
-    return WantedTree(tuple(selected), [Match(leaf) for leaf in selected.values()], unflatten, ignored)
+    return WantedTree(keys, matches, unflatten, _ignored(manifest, matches))
+
+
+def _ignored(manifest: Manifest, matches: Sequence[Match]) -> tuple[str, ...]:
+    """Saved keys that nothing is made of."""
+    taken = {leaf for match in matches for leaf in match.leaves}
+    return tuple(key for leaf, key in enumerate(manifest.keys) if leaf not in taken)
 
 
 def choose_targets(
-    checkpoint: Checkpoint, wanted: WantedTree, mesh: Mesh | None, sharding: Any
+    checkpoint: Described, wanted: WantedTree, mesh: Mesh | None, sharding: Any
 ) -> dict[int, Target]:
     """For each leaf of the wanted tree that comes from storage, by its number, what it shall be."""
     rule = _sharding_rule(wanted, sharding)
@@ -155,7 +153,7 @@ def choose_targets(
         target = _choose_target(checkpoint.manifest, key, number, match, mesh, rule)
         targets[number] = target
         if target.sharding is not None:
-            misfits.extend(_sharding_problems(key, _logical_shape(target), target.sharding))
+            misfits.extend(_sharding_problems(key, target))
         if target.kind == "array" and target.dtype is not None and not _jax_has(target.dtype):
             message = f"dtype {target.dtype} on disk, which JAX has only with jax_enable_x64"
             problems.append(Problem(key, "dtype", message))
@@ -185,11 +183,18 @@ def _choose_target(
     rule: Callable[[int, str, jax.ShapeDtypeStruct], Sharding | None] | None,
 ) -> Target:
     assert match.leaf is not None
-    spec = manifest.spec(match.leaf)
+    spec = manifest.spec(match.leaf) if match.derivation is None else match.derivation.spec
     like = None if hasattr(match.like, "restore_as_saved") else match.like
     kind, shape, dtype, python_type = _wanted_form(spec, like)
     if kind not in ("array", "key"):
-        return Target(match.leaf, kind, shape=shape, dtype=dtype, python_type=python_type)
+        return Target(
+            match.leaf,
+            kind,
+            shape=shape,
+            dtype=dtype,
+            python_type=python_type,
+            derivation=match.derivation,
+        )
     if kind == "key":
         key_dtype(key, spec)  # raises when there are no such keys
     logical = shape[:-1] if kind == "key" else shape
@@ -213,7 +218,15 @@ def _choose_target(
     # A dtype that was asked for is as weak as it was there.
     is_same = spec.kind != "value" and dtype == spec.np_dtype
     weak_type = spec.weak_type if is_same else getattr(like, "weak_type", False)
-    return Target(match.leaf, kind, chosen, shape, dtype, weak_type=bool(weak_type))
+    return Target(
+        match.leaf,
+        kind,
+        chosen,
+        shape,
+        dtype,
+        weak_type=bool(weak_type),
+        derivation=match.derivation,
+    )
 
 
 def _logical_shape(target: Target) -> tuple[int, ...]:
@@ -223,6 +236,8 @@ def _logical_shape(target: Target) -> tuple[int, ...]:
 
 def _wanted_form(spec: LeafSpec, like: Any) -> tuple[str, tuple[int, ...], np.dtype[Any] | None, type | None]:
     """Kind, shape of the data, dtype of the data, and Python type that a leaf shall have."""
+    if spec.kind == "strings":
+        return spec.kind, spec.shape, None, type(like) if isinstance(like, (bytes, str)) else None
     if like is None:
         return spec.kind, spec.shape, None if spec.kind == "value" else spec.np_dtype, None
     if isinstance(like, np.ndarray):
@@ -236,8 +251,10 @@ def _wanted_form(spec: LeafSpec, like: Any) -> tuple[str, tuple[int, ...], np.dt
     return "value", (), None, type(like)
 
 
-def _sharding_problems(key: str, shape: tuple[int, ...], sharding: Any) -> list[Problem]:
+def _sharding_problems(key: str, target: Target) -> list[Problem]:
     """What is wrong with a sharding that the caller gave."""
+    shape = _logical_shape(target)
+    sharding: Any = target.sharding
     if not isinstance(sharding, Sharding):
         message = f"{sharding!r} is a {type(sharding).__name__}, not a jax.sharding.Sharding"
         return [Problem(key, "sharding", message)]
@@ -246,10 +263,19 @@ def _sharding_problems(key: str, shape: tuple[int, ...], sharding: Any) -> list[
     try:
         if not is_too_long:
             sharding.shard_shape(shape)
-            return []
+            return _problems_of_kept_rows(key, target)
     except ValueError:
         pass
     return [Problem(key, "sharding", f"shape {shape} cannot be sharded as {sharding}")]
+
+
+def _problems_of_kept_rows(key: str, target: Target) -> list[Problem]:
+    """Rows of ``like`` must be where they are wanted, or can be fetched from there."""
+    base = None if target.derivation is None else target.derivation.base
+    if not isinstance(base, jax.Array) or base.is_fully_addressable or has_shards_of(base, target.sharding):
+        return []
+    message = "keeps rows of `like`, which is spread over processes in another way than is asked for"
+    return [Problem(key, "sharding", message)]
 
 
 def _sharding_rule(
@@ -328,6 +354,8 @@ def outline_restore(checkpoint: Checkpoint, wanted: WantedTree, targets: dict[in
 
 def _outline_target(target: Target) -> str:
     text = f"leaf {target.leaf}, {target.kind} {target.dtype} {target.shape}"
+    if target.derivation is not None:
+        text += f" of {target.derivation.describe()}"
     if target.sharding is None or is_own_sharding(target.sharding):
         return text
     return f"{text} {outline_sharding(target.sharding)}"
@@ -339,19 +367,21 @@ class RestorePlan:
 
     Attributes:
       targets: What is wanted, by the number of the leaf.
+      derived: What is made of rows of saved leaves, and read one after the other behind all else.
       boxes: The boxes that this process needs of each.
       waves: Numbers of the leaves that are in host memory at the same time.
       plans: The reads of each wave.
     """
 
     targets: dict[int, Target]
+    derived: dict[int, Target]
     boxes: dict[int, list[Box]]
     waves: list[list[int]]
     plans: list[ReadPlan]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that will be read."""
+        """Bytes that will be read, but for what is derived."""
         return sum(plan.nbytes for plan in self.plans)
 
 
@@ -361,16 +391,25 @@ def plan_restore(
     """Plans the reading of the targets, in waves that fit the host memory."""
     manifest = checkpoint.manifest
     unit_bytes = min(PIECE_BYTES, max(host_bytes_max // (2 * io_threads), 1))
-    boxes = {number: boxes_of(target, manifest.spec(target.leaf)) for number, target in targets.items()}
-    waves = _waves(manifest, targets, host_bytes_max)
-    fortran = {target.leaf for target in targets.values() if is_fortran(target, manifest.spec(target.leaf))}
+    derived = {number: target for number, target in targets.items() if target.derivation is not None}
+    whole = {number: target for number, target in targets.items() if target.derivation is None}
+    boxes = {number: boxes_of(target, manifest.spec(target.leaf)) for number, target in whole.items()}
+    waves = plan_waves(manifest, whole, host_bytes_max)
+    fortran = {target.leaf for target in whole.values() if is_fortran(target, manifest.spec(target.leaf))}
     plans = [
-        plan_reads(
-            checkpoint.index, ((targets[number].leaf, boxes[number]) for number in wave), unit_bytes, fortran
-        )
-        for wave in waves
+        plan_reads(checkpoint.index, _wanted_boxes(wave, whole, boxes), unit_bytes, fortran) for wave in waves
     ]
-    return RestorePlan(targets, boxes, waves, plans)
+    return RestorePlan(whole, derived, boxes, waves, plans)
+
+
+def _wanted_boxes(
+    wave: Sequence[int], targets: dict[int, Target], boxes: dict[int, list[Box]]
+) -> list[tuple[int, list[Box]]]:
+    """The leaves of a wave, each once, with the boxes of all its places; these follow one another in a wave."""
+    return [
+        (leaf, [box for number in numbers for box in boxes[number]])
+        for leaf, numbers in itertools.groupby(wave, lambda number: targets[number].leaf)
+    ]
 
 
 def restore_targets(
@@ -388,7 +427,8 @@ def restore_targets(
     manifest = checkpoint.manifest
     executor = ReadExecutor(checkpoint.store, manifest, threads=io_threads)
     doing = f"restore {checkpoint.path!r}"
-    executor.check_metadata(metadata_of(manifest, [target.leaf for target in plan.targets.values()]))
+    all_targets = [*plan.targets.values(), *plan.derived.values()]
+    executor.check_metadata(metadata_of(manifest, [leaf for target in all_targets for leaf in target.leaves]))
     for reads in plan.plans:
         executor.check_objects(reads)
     executor.raise_problems(doing)
@@ -406,17 +446,31 @@ def restore_targets(
                 mine = destinations_of_bytes(
                     target.leaf, plan.boxes[number], manifest.spec(target.leaf), value
                 )
-            try:
-                results[number] = place(target, manifest.spec(target.leaf), value, mine)
-            except (OverflowError, ValueError) as error:
-                if target.kind != "value":
-                    raise
-                _raise_unfit(doing, manifest.keys[target.leaf], target, error)
+            results[number] = place_leaf(checkpoint, target, value, mine)
             for destination in mine:
                 destination.buffer = None  # what placing did not take over may go
-        _wait_for_transfers([results[number] for number in wave])
+        wait_for_transfers([results[number] for number in wave])
     checkpoint.count_read(executor.bytes_read)
+    for number, target in plan.derived.items():
+        results[number] = _restore_derived(checkpoint, target, own_leaves)
+        wait_for_transfers([results[number]])
     return results
+
+
+def _restore_derived(checkpoint: Checkpoint, target: Target, own_leaves: Mapping[int, Any]) -> Any:
+    """Reads, verifies and places what is made of rows of saved leaves."""
+    manifest = checkpoint.manifest
+
+    def read_box(leaf: int, box: Box) -> np.ndarray[Any, Any]:
+        if leaf not in own_leaves or not _is_for_this_process(target):
+            return checkpoint[manifest.keys[leaf]].read_box(box)
+        spec = manifest.spec(leaf)
+        tail = spec.stored_shape[len(spec.shape) :]
+        stored_box = (box[0] + (0,) * len(tail), box[1] + tail)
+        (destination,) = destinations_of_bytes(leaf, [stored_box], spec, own_leaves[leaf])
+        return typed(destination, spec)
+
+    return gather(manifest, target, read_box)
 
 
 def _is_for_this_process(target: Target) -> bool:
@@ -438,21 +492,36 @@ def destinations_of_bytes(leaf: int, boxes: Sequence[Box], spec: LeafSpec, value
     return destinations
 
 
-def _raise_unfit(doing: str, key: str, target: Target, error: Exception) -> NoReturn:
-    """An array's number that a Python type cannot hold is found only when it was read."""
-    problem = Problem(key, "kind", f"does not fit {target.python_type} in `like`: {error}")
-    raise MismatchError(list_problems(f"cannot {doing}", [problem]), [problem]) from error
+def place_leaf(checkpoint: Described, target: Target, value: Any, mine: Sequence[Destination]) -> Any:
+    """The leaf that a target wants, from what was read.
+
+    Raises:
+      MismatchError: A Python type cannot hold an array's number, which is found only when it was read.
+    """
+    try:
+        return place(target, checkpoint.manifest.spec(target.leaf), value, mine)
+    except (OverflowError, ValueError) as error:
+        if target.kind != "value":
+            raise
+        key = checkpoint.manifest.keys[target.leaf]
+        problem = Problem(key, "kind", f"does not fit {target.python_type} in `like`: {error}")
+        headline = f"cannot restore {checkpoint.path!r}"
+        raise MismatchError(list_problems(headline, [problem]), [problem]) from error
 
 
-def _waves(manifest: Manifest, targets: dict[int, Target], host_bytes_max: int) -> list[list[int]]:
+def plan_waves(manifest: Manifest, targets: dict[int, Target], host_bytes_max: int) -> list[list[int]]:
     """Splits the targets where their bytes on the host would be too many; on CPU those are the arrays themselves."""
+    # All places of a leaf follow one another, so that it is read once.
+    order = sorted(targets, key=lambda number: targets[number].leaf)
     if all(_is_on_cpu(target) for target in targets.values()):
-        return [list(targets)]
+        return [order]
     waves: list[list[int]] = [[]]
     wave_bytes = 0
-    for number, target in targets.items():
+    for number in order:
+        target = targets[number]
         nbytes = manifest.spec(target.leaf).nbytes
-        if waves[-1] and wave_bytes + nbytes > host_bytes_max:
+        is_same_leaf = bool(waves[-1]) and targets[waves[-1][-1]].leaf == target.leaf
+        if waves[-1] and not is_same_leaf and wave_bytes + nbytes > host_bytes_max:
             waves.append([])
             wave_bytes = 0
         waves[-1].append(number)
@@ -468,17 +537,70 @@ def _is_on_cpu(target: Target) -> bool:
     return next(iter(target.sharding.device_set)).platform == "cpu"
 
 
-def _wait_for_transfers(leaves: Sequence[Any]) -> None:
+def wait_for_transfers(leaves: Sequence[Any]) -> None:
     """Host buffers of a wave may be freed only when the devices have their bytes."""
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
     jax.block_until_ready(arrays)
 
 
 def metadata_of(manifest: Manifest, leaves: Sequence[int]) -> list[StoredObject]:
-    """Metadata objects that belong to these leaves or to no leaf."""
+    """Metadata objects that belong to these leaves or to no leaf; values do not depend on programs."""
     own = {
         f"{manifest.data}/{directory}/{METADATA_NAME}": leaf
         for leaf, directory in manifest.directories.items()
     }
     asked = set(leaves)
-    return [entry for entry in manifest.objects if entry.name not in own or own[entry.name] in asked]
+    programs = {entry.name for entry in manifest.programs.values()}
+    return [
+        entry
+        for entry in manifest.objects
+        if entry.name not in programs and (entry.name not in own or own[entry.name] in asked)
+    ]
+
+
+# --- what was done --------------------------------------------------------------------------------------------
+
+
+def report_restore(
+    checkpoint: Described,
+    wanted: WantedTree,
+    targets: dict[int, Target],
+    *,
+    bytes_read: int,
+    group_bytes_read: int,
+    seconds: float,
+) -> RestoreReport:
+    """What a restore did."""
+    manifest = checkpoint.manifest
+    keys = wanted.keys
+    saved_keys = [
+        (manifest.keys[leaf], key)
+        for key, match in zip(keys, wanted.matches, strict=True)
+        for leaf in match.leaves
+    ]
+    return RestoreReport(
+        path=checkpoint.path,
+        restored=tuple(keys[number] for number in targets),
+        kept=tuple(key for key, match in zip(keys, wanted.matches, strict=True) if match.leaf is None),
+        ignored=wanted.ignored,
+        renamed=tuple((saved, key) for saved, key in saved_keys if saved != key),
+        cast=tuple(keys[number] for number, target in targets.items() if _is_cast(manifest, target)),
+        reshaped=tuple(keys[number] for number, target in targets.items() if _is_reshaped(manifest, target)),
+        derived=tuple(keys[number] for number, target in targets.items() if target.derivation is not None),
+        nbytes=sum(target.saved_spec(manifest).nbytes for target in targets.values()),
+        bytes_read=bytes_read,
+        seconds=seconds,
+        group_bytes_read=group_bytes_read,
+    )
+
+
+def _is_cast(manifest: Manifest, target: Target) -> bool:
+    spec = target.saved_spec(manifest)
+    if spec.kind == "value":
+        value = decode_value(manifest.values[target.leaf])
+        return target.kind != "value" or target.python_type not in (None, type(value))
+    return target.kind == "value" or (target.dtype is not None and target.dtype != spec.np_dtype)
+
+
+def _is_reshaped(manifest: Manifest, target: Target) -> bool:
+    return target.kind in ("array", "numpy") and target.shape != target.saved_spec(manifest).shape

@@ -46,25 +46,30 @@ from ._config import (
 from ._errors import CheckpointError, CoordinationError, WriteError
 from ._individual import OwnLeaves
 from ._items import encode_items
-from ._keys import flatten
+from ._keys import FlatTree, flatten
 from ._layout import LeafExtent, Share, WritePlan, plan_writes, present_chunks
 from ._leaves import Template, inspect_leaves
 from ._manifest import (
     ITEMS_BYTES_MAX,
     ITEMS_DIRECTORY,
+    MANIFEST_BYTES_MAX,
+    MANIFEST_NAME,
     NO_CHUNKS,
     OWN_DIRECTORY,
     PARTS_DIRECTORY,
+    PROGRAMS_DIRECTORY,
     TIME_S_MAX,
     LeafSpec,
     Manifest,
     PartEntry,
     StoredObject,
+    parse_manifest,
 )
 from ._ownership import share_writes
 from ._parts import encode_part
 from ._persist import PieceWriter
 from ._processes import Group, current_group
+from ._programs import ExportedProgram, as_program
 from ._progress import Progress, ProgressMeter
 from ._shardings import describe_sharding
 from ._snapshot import PinnedSnapshot, SnapshotGivenUpError, choose_staging, take_snapshot
@@ -121,22 +126,26 @@ class SaveContext:
     Attributes:
       metadata: Plain data.
       items: Values and objects with a state, by name.
+      programs: Functions of the tree, by name.
       metrics: Numbers by name; the values of `jax.Array` are read in the background.
       step: Number of the checkpoint in its manager's directory.
       began_s: What `time.perf_counter` said when the manager began, after `waited_s`; None: no manager did.
       waited_s: Seconds for which an earlier save made the caller wait.
       wall_s: Says what time it is, in seconds since 1970.
+      earlier: Says where an earlier checkpoint of the same run is, whose programs are probably the same.
       newest_good: Says which checkpoint is there when this save fails.
       on_progress: Told of each piece that is written.
     """
 
     metadata: Any = None
     items: Mapping[str, Any] | None = None
+    programs: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
     step: int | None = None
     began_s: float | None = None
     waited_s: float = 0.0
     wall_s: Callable[[], float] = time.time
+    earlier: Callable[[], Store | None] | None = None
     newest_good: Callable[[], str] | None = None
     on_progress: Callable[[Progress], None] | None = None
 
@@ -203,8 +212,11 @@ class SaveJob:
             raise ValueError(
                 f"items= has {len(self._items)} bytes: what is larger than 1 GiB belongs into the tree"
             )
-        self._flat = flatten(tree)
+        flat = flatten(tree)
+        is_without_values = bool(context.programs) and _has_no_values(flat)
+        self._flat = flatten(None) if is_without_values else flat
         leaves = inspect_leaves(self._flat.keys, self._flat.leaves)
+        self._programs = self._export_programs(flat)
         self._flat.leaves.clear()
         self._templates = [leaf.template for leaf in leaves]
         self._own_leaves = OwnLeaves(self._flat.keys, leaves if self._together is not None else [])
@@ -248,6 +260,20 @@ class SaveJob:
             on_failure=None if self._together is None else self.give_up,
         )
 
+    def _export_programs(self, flat: FlatTree) -> dict[str, ExportedProgram]:
+        """The programs as bytes; in a group they are those of process 0."""
+        programs = {name: as_program(name, given) for name, given in (self._context.programs or {}).items()}
+        together = self._together
+        if together is not None and together.index != 0 and not together.is_local:
+            return {}
+        exported = {name: program.export(name, flat) for name, program in programs.items()}
+        for name, program in exported.items():
+            if len(program.data) > ITEMS_BYTES_MAX:
+                raise ValueError(
+                    f"the program {name!r} has {len(program.data)} bytes: arrays belong into the tree"
+                )
+        return exported
+
     def _begin(self) -> None:
         """Begins the attempt, and lets the writer begin."""
         has_items = self._items is not None
@@ -284,6 +310,7 @@ class SaveJob:
             "step": self._context.step,
             "overwrite": self._may_overwrite,
             "local": self._together is not None and self._together.is_local,
+            "programs": sorted(self._context.programs or {}),
             "options": [options.chunk_bytes_max, self._pack_bytes_max],
         }
         leaves = tuple(map(outline_leaf, self._templates))
@@ -526,7 +553,19 @@ class SaveJob:
             for depth in range(1, len(parts)):
                 contents["/".join([*parts[:depth], METADATA_NAME])] = group_metadata()
         calls = [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
+        by_name = {_program_name(program): program for program in self._programs.values()}
+        calls += [functools.partial(self._put_program, attempt, program) for program in by_name.values()]
         return [*calls, attempt.put_root_group] if together is None else calls
+
+    def _put_program(self, attempt: Attempt, program: ExportedProgram) -> None:
+        """Stores a program; what the run has stored already gets another name."""
+        name = _program_name(program)
+        store = None if self._context.earlier is None else self._context.earlier()
+        earlier = None if store is None else _find_program(store, program.entry.sha256)
+        if store is None or earlier is None:
+            attempt.put_metadata(name, program.data)
+        else:
+            attempt.share_metadata(name, program.data, store, earlier)
 
     def _spec(self, leaf: int, sharding: int | None) -> LeafSpec:
         chunk_shape = self._plan.chunk_shapes[leaf]
@@ -575,6 +614,12 @@ class SaveJob:
             chunks=NO_CHUNKS if parts else chunks,
             objects=objects,
             metrics=_read_metrics(self._metrics),
+            programs={
+                name: dataclasses.replace(
+                    program.entry, name=f"{self._attempt.data}/{_program_name(program)}"
+                )
+                for name, program in self._programs.items()
+            },
             parts=parts,
             owners=owners,
             owner_index=owner_index,
@@ -604,6 +649,25 @@ class SaveJob:
                 found.append(present_chunks(extent, chunk_shape) if share is None else share.owners)
             index[leaf] = number
         return tuple(found), index
+
+
+def _has_no_values(flat: FlatTree) -> bool:
+    """Whether a tree says shapes only."""
+    return bool(flat.leaves) and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in flat.leaves)
+
+
+def _program_name(program: ExportedProgram) -> str:
+    """Path of a program's object below the data directory."""
+    return f"{PROGRAMS_DIRECTORY}/{program.entry.sha256.hex()}"
+
+
+def _find_program(store: Store, sha256: bytes) -> str | None:
+    """Path of an object with this content in another checkpoint, if there is one that can be read."""
+    try:
+        manifest = parse_manifest(store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), store.path)
+    except (OSError, CheckpointError):
+        return None
+    return next((entry.name for entry in manifest.programs.values() if entry.sha256 == sha256), None)
 
 
 @functools.lru_cache(maxsize=8)

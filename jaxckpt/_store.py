@@ -71,6 +71,7 @@ class Kernel:
     ftruncate = staticmethod(os.ftruncate)
     fsync = staticmethod(os.fsync)
     rename = staticmethod(os.rename)
+    link = staticmethod(os.link)
     unlink = staticmethod(os.unlink)
     mkdir = staticmethod(os.mkdir)
     rmdir = staticmethod(os.rmdir)
@@ -150,6 +151,10 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def put(self, name: str, data: bytes) -> None:
         """Writes a small object whole and makes it durable."""
+
+    def link(self, name: str, data: bytes, source: Store, source_name: str) -> bool:
+        """Makes an object of the bytes that another one has, without storing them again; False where that cannot be."""
+        return False
 
     @abc.abstractmethod
     def sync(self) -> None:
@@ -295,6 +300,19 @@ class LocalStore(Store):
         except BaseException:
             writer.abandon()
             raise
+
+    def link(self, name: str, data: bytes, source: Store, source_name: str) -> bool:
+        if not isinstance(source, LocalStore):
+            return False
+        path = self._claim(name)
+        try:
+            self._kernel.link(os.path.join(source.path, source_name), path)
+        except OSError:  # it is gone, has too many names, or the file system has no links
+            return False
+        if self.read(name, len(data)) == data:
+            return True
+        self._kernel.unlink(path)
+        return False
 
     def sync(self) -> None:
         with self._lock:

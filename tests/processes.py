@@ -21,6 +21,9 @@ Nothing outlives a test: leaving the ``with`` kills what still runs, and if the 
 zygote sees its socket closed and kills its workers. Everything is signalled through a descriptor of the process that
 was started, so no other process can be hit.
 
+A whole program can be run by a fork of the zygote, too (`start_program`, `tests.helpers.run_fork`). It is what
+``python -c`` would have run: it is ``__main__``, and ends as Python programs end, with their exit handlers and status.
+
 Where no jax is needed, `run_threads` has threads play the processes, with a `MemoryService` between them.
 
 With two and more devices in a process, several collective programs in flight hang (the CPU client has no thread for
@@ -32,6 +35,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import gc
 import importlib
 import io
 import multiprocessing
@@ -44,9 +48,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
+import types
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -91,6 +98,15 @@ class _Job:
     recoverable: bool
     path: str
     arguments: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Script:
+    source: str
+    arguments: tuple[str, ...]
+    devices: int | None
+    folder: str
+    path: str
 
 
 class Worker:
@@ -308,6 +324,70 @@ def _output_path(path: str, index: int) -> pathlib.Path:
     return pathlib.Path(path) / f"output-{index}"
 
 
+# --- a program ----------------------------------------------------------------------------------------------------
+
+
+def start_program(source: str, *arguments: object, devices: int | None = None) -> Program:
+    """Runs Python source as ``python -c`` does, with these arguments and with so many CPU devices.
+
+    jax, jaxckpt and maybe modules of the tests are imported already, so this is not for a program that looks at what is
+    imported.
+    """
+    return Program(source, tuple(map(str, arguments)), devices)
+
+
+def xla_flags(devices: int | None = None) -> str:
+    """The flags of the tests' own process, with so many CPU devices instead of its own."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    if devices is not None:
+        flags.append(f"--xla_force_host_platform_device_count={devices}")
+    return " ".join(flags)
+
+
+class Program:
+    """A program that runs; use it in a ``with`` statement, which kills it if it still runs at the end.
+
+    Attributes:
+      pid: Its process id, which is nobody else's until the ``with`` statement ends.
+    """
+
+    def __init__(self, source: str, arguments: tuple[str, ...], devices: int | None) -> None:
+        self._zygote = _the_zygote()
+        self._directory = tempfile.TemporaryDirectory(prefix="jaxckpt-program-")
+        script = _Script(textwrap.dedent(source), arguments, devices, os.getcwd(), self._directory.name)
+        self.pid = self._zygote.run(script)
+        self._handle = os.pidfd_open(self.pid)
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def wait(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """Waits until it has ended; after the time it is killed, and `subprocess.TimeoutExpired` is raised."""
+        has_ended = bool(multiprocessing.connection.wait([self._handle], timeout_s))
+        output = [_output_path(self._directory.name, number).read_text() for number in (1, 2)]
+        self.close()
+        if not has_ended:
+            raise subprocess.TimeoutExpired("a program", timeout_s, *output)
+        return subprocess.CompletedProcess("a program", self._zygote.reap(self.pid), *output)
+
+    def close(self) -> None:
+        """Kills it if it still runs, and clears up."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+        self._zygote.reap(self.pid)
+        os.close(self._handle)
+        self._directory.cleanup()
+
+
 # --- the zygote, as the test session sees it ----------------------------------------------------------------------
 
 
@@ -315,10 +395,10 @@ class _Zygote:
     def __init__(self) -> None:
         near, far = socket.socketpair()
         environment = dict(os.environ)
-        environment.pop("XLA_FLAGS", None)  # the tests' own process forces sixteen devices there
+        environment["XLA_FLAGS"] = xla_flags()
         environment["JAX_PLATFORMS"] = "cpu"
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-        source = f"from tests.processes import serve; serve({far.fileno()})"
+        source = f"from tests.processes import serve; exec(serve({far.fileno()}))"
         self._process = subprocess.Popen(
             [sys.executable, "-c", source], env=environment, pass_fds=[far.fileno()], stdin=subprocess.DEVNULL
         )
@@ -333,6 +413,10 @@ class _Zygote:
     def fork(self, job: _Job, connections: list[Connection]) -> list[int]:
         _send(self._socket, ("fork", job))
         socket.send_fds(self._socket, [b"."], [connection.fileno() for connection in connections])
+        return self._answer()
+
+    def run(self, script: _Script) -> int:
+        _send(self._socket, ("run", script))
         return self._answer()
 
     def reap(self, pid: int) -> int:
@@ -390,8 +474,11 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
 # --- the zygote itself --------------------------------------------------------------------------------------------
 
 
-def serve(descriptor: int) -> None:
-    """Forks workers until the test session ends."""
+def serve(descriptor: int) -> types.CodeType:
+    """Forks workers until the test session ends.
+
+    It returns in the fork of a program, too, with the program: the caller executes it as its own last line.
+    """
     import jax
     from jax._src import xla_bridge
 
@@ -400,7 +487,8 @@ def serve(descriptor: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     connection = socket.socket(fileno=descriptor)
     # With the barrier of its group: the next one would get its memory if it were dropped while the group runs.
-    children: dict[int, Barrier] = {}
+    children: dict[int, Barrier | None] = {}
+    gc.freeze()  # the children need not touch, and so copy, what is there already
     try:
         while True:
             word, value = _receive(connection)
@@ -408,6 +496,14 @@ def serve(descriptor: int) -> None:
                 _, status = os.waitpid(value, 0)
                 children.pop(value, None)
                 _send(connection, ("done", os.waitstatus_to_exitcode(status)))
+                continue
+            if word == "run":
+                pid = _fork_quietly()
+                if pid == 0:
+                    connection.close()
+                    return _prepare(value)
+                children[pid] = None
+                _send(connection, ("done", pid))
                 continue
             _, descriptors, _, _ = socket.recv_fds(connection, 1, value.count)
             try:
@@ -428,6 +524,25 @@ def serve(descriptor: int) -> None:
     except EOFError:  # the test session has ended
         for pid in children:
             os.kill(pid, signal.SIGKILL)
+    return compile("", "<string>", "exec")
+
+
+def _fork_quietly() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking is safe here: no device was touched yet
+        return os.fork()
+
+
+def _prepare(script: _Script) -> types.CodeType:
+    """Makes this process one that Python has just started for a program."""
+    for number in (1, 2):
+        output = os.open(_output_path(script.path, number), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, number)
+        os.close(output)
+    os.environ["XLA_FLAGS"] = xla_flags(script.devices)
+    os.chdir(script.folder)
+    sys.argv = ["-c", *script.arguments]
+    return compile(script.source, "<string>", "exec")
 
 
 def _fork_all(

@@ -90,6 +90,9 @@ class NotedKernel(Kernel):
     def unlink(self, path: str) -> None:  # type: ignore[override]
         self._tell(Operation("unlink", path), lambda: os.unlink(path))
 
+    def link(self, source: str, target: str) -> None:  # type: ignore[override]
+        self._tell(Operation("link", source, target), lambda: os.link(source, target))
+
     def mkdir(self, path: str, mode: int = 0o777) -> None:  # type: ignore[override]
         self._tell(Operation("mkdir", path), lambda: os.mkdir(path, mode))
 

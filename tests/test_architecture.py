@@ -20,16 +20,17 @@ from .helpers import run_program
 PACKAGE = pathlib.Path(jaxckpt.__file__).resolve().parent
 
 LEVELS = (
-    ("_config", "_dtypes", "_errors", "_preemption", "_progress", "_schedule", "_shardings"),
-    ("_items", "_keys", "_processes", "_retention", "_store", "_tables", "_terminal"),
+    ("_config", "_dtypes", "_errors", "_intermediates", "_preemption", "_progress", "_schedule", "_shardings"),
+    ("_indexing", "_items", "_keys", "_processes", "_reporting", "_retention", "_store", "_tables", "_terminal"),
     ("_leader", "_manifest"),
-    ("_layout", "_matching", "_parts", "_zarr"),
-    ("_commit", "_leaves", "_ownership", "_persist", "_resharding"),
+    ("_deriving", "_layout", "_parts", "_programs", "_zarr"),
+    ("_commit", "_leaves", "_matching", "_naming", "_ownership", "_persist", "_resharding"),
     ("_individual", "_placement", "_snapshot", "_steps"),
-    ("_collective", "_keeping", "_reading"),
-    ("_inspect", "_restoring", "_saving"),
-    ("_bundling", "_pending"),
-    ("_exchange",),
+    ("_calling", "_collective", "_gathering", "_keeping"),
+    ("_execution", "_reading", "_saving"),
+    ("_inspect", "_pending", "_restoring"),
+    ("_bundling", "_foreign"),
+    ("_converting", "_exchange"),
     ("_checkpoint",),
     ("_resuming",),
     ("_manager",),
@@ -82,6 +83,8 @@ def test_no_module_stands_higher_than_its_imports_need(module: str) -> None:
 def test_a_module_imports_declared_packages_only(module: str) -> None:
     _, foreign = imports_of(module)
     allowed = DECLARED | ({"tensorstore"} if module == "_store" else set())
+    # Methods of an open checkpoint that are short for a public verb call it by its public name.
+    allowed |= {"jaxckpt"} if module == "_reading" else set()
     assert foreign - allowed == set()
 
 
@@ -163,3 +166,44 @@ def test_a_save_and_a_restore_of_local_files_need_no_tensorstore(tmp_path: pathl
         """,
         tmp_path / "a",
     )
+
+
+INTEROP = {path.stem: path for path in (PACKAGE / "interop").glob("*.py")}
+
+
+def interop_imports_of(module: str) -> tuple[set[str], set[str], set[str]]:
+    """Modules beside it, modules of the package, and foreign packages that a module of ``interop`` imports."""
+    beside: set[str] = set()
+    package: set[str] = set()
+    foreign: set[str] = set()
+    for node in ast.walk(ast.parse(INTEROP[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            beside |= {node.module} if node.module else {alias.name for alias in node.names}
+            continue
+        else:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        package |= {name.partition(".")[2] for name in names if name.startswith("jaxckpt.")}
+        foreign |= {name.partition(".")[0] for name in names} - {"jaxckpt"}
+    return beside, package, foreign - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("module", sorted(INTEROP))
+def test_a_module_of_interop_imports_what_stands_below_the_checkpoint_and_declared_packages(
+    module: str,
+) -> None:
+    beside, package, foreign = interop_imports_of(module)
+    assert beside <= set(INTEROP)
+    assert [name for name in sorted(package) if LEVEL_OF[name] >= LEVEL_OF["_checkpoint"]] == []
+    assert foreign - DECLARED == set()
+    assert ast.get_docstring(ast.parse(INTEROP[module].read_text(encoding="utf-8")))
+
+
+def test_no_circle_of_imports_in_interop() -> None:
+    waiting = {module: interop_imports_of(module)[0] for module in INTEROP}
+    while waiting:
+        ready = {module for module, beside in waiting.items() if not beside & set(waiting)}
+        assert ready, waiting
+        waiting = {module: beside for module, beside in waiting.items() if module not in ready}

@@ -28,7 +28,7 @@ from jaxckpt._dtypes import is_jax_dtype
 from jaxckpt._manifest import parse_manifest
 
 from .attacks.generate import ATTACKS, FOLDER, base_fields, digest, frame, pack, write_honest
-from .helpers import run_program
+from .helpers import run_fork
 
 # What the checkpoint opens with all the same: it depends on the program whether there are such keys.
 OPENS = {"keys_of_an_unknown_implementation", "keys_with_too_much_data"}
@@ -99,7 +99,7 @@ def test_an_attack_is_refused(honest: pathlib.Path, name: str) -> None:
 def test_attacks_take_neither_memory_nor_time(tmp_path: pathlib.Path) -> None:
     """In a process of its own, whose largest resident size since the attack began the kernel tells."""
     write_honest(tmp_path / "checkpoint")
-    result = run_program(
+    result = run_fork(
         """
         import json, pathlib, sys, time
         import jax
@@ -411,6 +411,7 @@ def test_random_dtypes(honest: pathlib.Path, data: st.DataObject) -> None:
     use_everything(honest)
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.data())
 def test_random_shardings(honest: pathlib.Path, data: st.DataObject) -> None:
@@ -445,6 +446,7 @@ def test_random_shardings(honest: pathlib.Path, data: st.DataObject) -> None:
     assert not np.asarray(jaxckpt.restore(honest)["a"]).any()
 
 
+@pytest.mark.slow
 def test_every_dtype_of_jax_is_known() -> None:
     """Or an array that JAX can make could not be read back."""
     names = [

@@ -204,7 +204,7 @@ def test_info_names_the_metrics_and_the_items(capsys: Any, path: pathlib.Path) -
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert lines["metrics"] == "val/loss=0.25 \\x1b[31m=nan"
     assert lines["items"].endswith("B: data, a\\n")
-    assert lines["holds"] == "1 leaf, 24 B"
+    assert lines["holds"] == "1 leaf, 3 elements, 24 B"
     document = run_json(capsys, "info", manager.path_of(3))
     assert document["metrics"] == {"val/loss": 0.25, "\x1b[31m": "NaN"}
     assert document["items"] == ["data", "a\n"]
@@ -683,7 +683,7 @@ def test_the_help_explains_the_exit_codes(capsys: Any) -> None:
     listed = out.partition("exit codes:")[2]
     for number in (_cli.OK, _cli.DIFFERS, _cli.USAGE, _cli.UNREADABLE, _cli.INTERRUPTED, _cli.BROKEN_PIPE):
         assert f"\n  {number} " in listed
-    for command in ("ls", "info", "tree", "cat", "verify", "diff", "prune"):
+    for command in ("ls", "info", "tree", "cat", "verify", "diff", "convert", "prune"):
         assert f"    {command} " in out
         assert run(capsys, command, "--help")[0] == 0
 

@@ -34,7 +34,7 @@ from jaxckpt import _saving
 from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY
 from jaxckpt._store import Buffer, Hold, LocalStore, ObjectWriter, Store
 
-from .helpers import ROOT, assert_same_tree, run_program
+from .helpers import ROOT, assert_same_tree, run_fork
 
 MIB = 1 << 20
 MANIFEST = "manifest.msgpack"
@@ -259,7 +259,7 @@ def test_order_of_audit_events(tmp_path: pathlib.Path) -> None:
     """
     report = "\nprint(json.dumps(events))\n"
     program = textwrap.dedent(hook) + SIX_SAVES + report
-    lines = json.loads(run_program(program, tmp_path).stdout.splitlines()[-1])
+    lines = json.loads(run_fork(program, tmp_path).stdout.splitlines()[-1])
     events = [Event(name, path, number, number, target) for number, (name, path, target) in enumerate(lines)]
     events = [event for event in events if event.path.startswith(str(tmp_path))]
     check_six_saves(events, tmp_path, sees_files=False)
@@ -521,7 +521,7 @@ def test_a_directory_that_may_not_be_written() -> None:
         jaxckpt.save(checkpoint, {"w": np.ones(3)})
         for directory, _, _ in os.walk(folder):
             os.chmod(directory, 0o555)
-        result = run_program(
+        result = run_fork(
             """
             import os, sys, threading
             import numpy as np
@@ -698,7 +698,7 @@ for name in names:
 @pytest.mark.parametrize("way", ["sync", "async"])
 def test_a_killed_save_leaves_the_old_checkpoint_or_none(tmp_path: pathlib.Path, way: str) -> None:
     """SIGKILL right before steps of a save; the directory can be saved to again."""
-    result = run_program(KILLED_SAVES, tmp_path, way)
+    result = run_fork(KILLED_SAVES, tmp_path, way)
     rows = {tuple(line.split(",")[:2]): tuple(line.split(",")[2:]) for line in result.stdout.splitlines()}
     assert len(rows) == 20
     for (moment, kind), (end, state) in rows.items():
@@ -717,7 +717,7 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_none(tmp_path: pathlib.Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("staging", ["pool", "pinned"])
 def test_a_program_that_ends_without_waiting_finishes_its_save(path: pathlib.Path, staging: str) -> None:
-    run_program(
+    run_fork(
         """
         import sys
         import jax.numpy as jnp

@@ -1,19 +1,22 @@
 """A process that saves is killed at every single storage operation; what is there before and after the next save?
 
-Each test is a program of its own that imports jaxckpt, touches no device, and forks a *witness* for every operation.
-The witness forks the process that saves and is killed (`KillingKernel`), looks at what that left without changing it,
-and goes on in two ways: with the step that was cut off, and with the next one. What is then on disk is compared with
-directories in which nothing was ever killed.
+Each test is a program of its own that imports jaxckpt, touches no device, and for every operation forks a process that
+saves and is killed (`KillingKernel`). It then looks at what each of them left, without changing it, and goes on in two
+ways: with the step that was cut off, and with the next one. What is then on disk is compared with directories in which
+nothing was ever killed.
 
-All operations have their turn: the program goes on until a save ends by itself.
+All operations have their turn: the program goes on until a save ends by itself. Where the processes that were killed at
+several operations left the same (a sync changes nothing that a later process can see), it is looked at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -31,11 +34,12 @@ import pytest
 import jaxckpt
 from jaxckpt._store import LocalStore
 
-from .helpers import ROOT, assert_same_tree, run_program
+from .helpers import ROOT, assert_same_tree, run_fork
 from .storage_faults import (
     CALLS,
     FOREIGN_IN_ROOT,
     FOREIGN_IN_STEP,
+    MANIFEST,
     Journal,
     KillingKernel,
     NotedKernel,
@@ -49,7 +53,7 @@ from .test_commit import full_path
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-# A process of its own may take so many seconds; a witness has several to wait for.
+# A process that saves may take so many seconds.
 _CHILD_S = 60
 
 
@@ -170,6 +174,23 @@ class Scenario:
             pending.wait()
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a process ended that was to be killed.
+
+    Attributes:
+      at: The operation at which.
+      is_ended: Whether it ended by itself, for it had no such operation.
+      last: Its last operation.
+      commits: How many saves it had committed.
+    """
+
+    at: int
+    is_ended: bool
+    last: str
+    commits: int
+
+
 SCENARIOS = {
     "first": Scenario((), (30,)),
     "overwrite": Scenario((10, 20), (21,)),
@@ -193,24 +214,27 @@ def run_scenario(name: str, root: pathlib.Path) -> dict[str, Any]:
     must_succeed("the template", lambda: make_template(scenario, template))
     must_succeed("the references", lambda: make_references(scenario, template, root))
     references = json.loads((root / "references.json").read_text())
-    running: dict[int, int] = {}
-    at = 0
-    has_ended = False
-    while running or not has_ended:
-        while not has_ended and len(running) < 2:
-            at += 1
-            running[in_child(lambda at=at: witness(scenario, template, root, at, references))] = at
-        pid, status = os.waitpid(-1, 0)
-        number = running.pop(pid)
-        if status != 0:
-            raise SystemExit(f"killed at operation {number}: wrong, with wait status {status}")
-        has_ended = has_ended or json.loads((root / f"{number}.json").read_text())["is_ended"]
-    reports = [json.loads((root / f"{number}.json").read_text()) for number in range(1, at + 1)]
-    killed = [report for report in reports if not report["is_ended"]]
+    cuts: list[Cut] = []
+    different: dict[Any, tuple[Cut, pathlib.Path]] = {}
+    while not cuts or not cuts[-1].is_ended:
+        at = len(cuts) + 1
+        parent = root / str(at)
+        cut = cut_off(scenario, template, parent, at)
+        cuts.append(cut)
+        left = (cut.commits, contents(parent))
+        if left in different:
+            shutil.rmtree(parent)
+        else:
+            different[left] = cut, parent
+    # No process is forked after this, so threads may run.
+    for cut, parent in different.values():
+        witness(scenario, parent, cut, references)
+    killed = [cut for cut in cuts if not cut.is_ended]
     return {
         "points": len(killed),
-        "calls": Counter(report["last"].split()[0] for report in killed),
-        "commits": sorted({report["commits"] for report in reports}),
+        "different": len(different),
+        "calls": Counter(cut.last.split()[0] for cut in killed),
+        "commits": sorted({cut.commits for cut in cuts}),
     }
 
 
@@ -304,25 +328,42 @@ def make_references(scenario: Scenario, template: pathlib.Path, root: pathlib.Pa
     (root / "references.json").write_text(json.dumps(references))
 
 
-def witness(
-    scenario: Scenario, template: pathlib.Path, root: pathlib.Path, at: int, references: dict[str, list[str]]
-) -> None:
-    """Lets a process be killed at one operation, and checks all that must hold then."""
-    parent = root / str(at)
+def cut_off(scenario: Scenario, template: pathlib.Path, parent: pathlib.Path, at: int) -> Cut:
+    """Lets a process be killed at one operation."""
     shutil.copytree(template.parent, parent, symlinks=True)
-    directory = parent / "run"
     journal = Journal()
     kernel = KillingKernel(journal, at, is_torn=scenario.is_torn)
-    _, status = os.waitpid(in_child(lambda: scenario.save(directory, scenario.saved, kernel)), 0)
+    child = in_child(lambda: scenario.save(parent / "run", scenario.saved, kernel))
+    _, status = os.waitpid(child, 0)
     is_ended = os.WIFEXITED(status)
     assert status == 0 if is_ended else os.WTERMSIG(status) == signal.SIGKILL, f"it ended with {status}"
     lines = journal.read()
-    commits = lines.count("committed")
     last = next((line for line in reversed(lines) if line != "committed"), "")
+    return Cut(at, is_ended, last, lines.count("committed"))
+
+
+def contents(parent: pathlib.Path) -> tuple[tuple[str, str], ...]:
+    """All names, and the bytes of all files, below a directory; without what is random, the ids of attempts.
+
+    Of files that hold such an id, or the time, the sizes count.
+    """
+    found = []
+    for path in parent.rglob("*"):
+        what = ""
+        if path.is_file():
+            has_id = path.name.startswith((MANIFEST, "checkpoint.json"))
+            what = str(path.stat().st_size) if has_id else hashlib.sha256(path.read_bytes()).hexdigest()
+        found.append((re.sub("[0-9a-f]{16}", "*", str(path.relative_to(parent))), what))
+    return tuple(sorted(found))
+
+
+def witness(scenario: Scenario, parent: pathlib.Path, cut: Cut, references: dict[str, list[str]]) -> None:
+    """Checks all that must hold after a process was killed."""
+    commits = cut.commits
     try:
         look(scenario, parent, commits)
         for way, number in next_numbers(scenario, commits).items():
-            again = root / f"{at}-{way}"
+            again = parent.with_name(f"{cut.at}-{way}")
             shutil.copytree(parent, again)
             scenario.go_on(again / "run", number)
             if scenario.way == "plain" and way == "again":
@@ -338,11 +379,9 @@ def witness(
             check_foreign_files(scenario, again)
             shutil.rmtree(again)
     except BaseException:
-        print(f"--- killed at operation {at}, {last}, after {commits} commits", file=sys.stderr)
+        print(f"--- killed at operation {cut.at}, {cut.last}, after {commits} commits", file=sys.stderr)
         raise
     shutil.rmtree(parent)
-    report = {"is_ended": is_ended, "last": last, "commits": commits}
-    (root / f"{at}.json").write_text(json.dumps(report))
 
 
 def look(scenario: Scenario, parent: pathlib.Path, commits: int) -> None:
@@ -429,7 +468,7 @@ def test_sigkill_at_every_storage_operation(
         gc.freeze()  # the children need not touch, and so copy, what is there already
         print(json.dumps(run_scenario(sys.argv[1], pathlib.Path(sys.argv[2]))))
     """
-    report = json.loads(run_program(program, name, root, timeout_s=100).stdout.splitlines()[-1])
+    report = json.loads(run_fork(program, name, root, timeout_s=100).stdout.splitlines()[-1])
     assert report["commits"] == list(range(len(scenario.saved) + 1))
     calls = report["calls"]
     assert report["points"] == sum(calls.values())
@@ -481,7 +520,7 @@ print(json.dumps({"noted": done, "events": events}))
 def test_python_tells_of_no_operation_that_is_not_counted(tmp_path: pathlib.Path) -> None:
     """What changes storage without going through the kernel of the store would never be stopped above."""
     root = tmp_path / "run"
-    report = json.loads(run_program(COUNTED_SAVES, root).stdout)
+    report = json.loads(run_fork(COUNTED_SAVES, root).stdout)
     told = ("create", "open", "mkdir", "rename", "unlink", "rmdir")
     noted = Counter((call, path) for call, path in report["noted"] if call in told)
     # The directory below which all is made is itself made and synced.

@@ -14,7 +14,7 @@ import jaxckpt
 from jaxckpt import _errors
 from jaxckpt._errors import Problem, list_problems
 
-BUILT_IN = (FileNotFoundError, FileExistsError, ValueError, TypeError, OSError, ImportError)
+BUILT_IN = (FileNotFoundError, FileExistsError, ValueError, TypeError, OSError, ImportError, PermissionError)
 
 
 def printed_tree() -> dict[str, tuple[str, str | None]]:

@@ -149,10 +149,8 @@ PARTLY = {
 @pytest.mark.parametrize(
     ("count", "devices", "columns", "specs", "keys"),
     [
-        (2, 1, 1, COLUMNS, None),
         (2, 2, 2, PARTLY, None),
         (4, 1, 1, COLUMNS, None),
-        (4, 1, 2, PARTLY, ["columns", "three axes", "packed 2"]),
         (4, 2, 4, PARTLY, None),
         (8, 1, 1, COLUMNS, ["rows", "replicated", "packed 1"]),
         (8, 2, 4, PARTLY, ["rows", "replicated", "odd rows"]),
@@ -297,11 +295,11 @@ def restore_dtypes(worker: Worker, path: str, exchange: bool) -> tuple[int, int,
 @pytest.mark.slow
 def test_elements_of_every_dtype_keep_their_bits(path: pathlib.Path) -> None:
     save_dtypes(path)
-    exchanged = check(run_processes(restore_dtypes, 4, arguments=(str(path), True)))
-    local = check(run_processes(restore_dtypes, 4, arguments=(str(path), False)))
+    exchanged = check(run_processes(restore_dtypes, 2, arguments=(str(path), True)))
+    local = check(run_processes(restore_dtypes, 2, arguments=(str(path), False)))
     for (nbytes, group_bytes, shards), (_, local_bytes, local_shards) in zip(exchanged, local, strict=True):
         assert group_bytes <= 1.1 * nbytes
-        assert local_bytes >= 3.9 * nbytes
+        assert local_bytes >= 1.9 * nbytes
         assert shards == local_shards
 
 
@@ -395,7 +393,7 @@ def test_small_leaves_are_read_once_and_travel_together(path: pathlib.Path) -> N
     check(
         run_processes(save_leaves, 2, arguments=(str(path), small_leaves, dict.fromkeys(small_leaves(), P())))
     )
-    for count, devices, columns in ((4, 1, 1), (2, 2, 2), (8, 1, 1)):
+    for count, devices, columns in ((2, 2, 2), (8, 1, 1)):
         read = check(run_processes(restore_small, count, devices, arguments=(str(path), columns)))
         manifests = 2 * count * (path / "manifest.msgpack").stat().st_size
         for nbytes, group_bytes in read:
@@ -499,7 +497,7 @@ def bytes_to_read(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int,
     return total
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=chunked_shapes(), device_count=st.sampled_from([2, 3, 4, 6, 8, 16]))
 def test_slabs_cover_an_array_once_and_need_hardly_a_block_twice(
     case: tuple[tuple[int, ...], tuple[int, ...], int], device_count: int
@@ -570,7 +568,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(recipe=recipes())
 def test_slabs_become_the_shards_that_are_wanted(recipe: Recipe) -> None:
     want = np.arange(math.prod(recipe.shape), dtype=np.uint32).reshape(recipe.shape)

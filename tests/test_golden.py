@@ -18,7 +18,7 @@ import pytest
 import jaxckpt
 
 from .golden import generate
-from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_program
+from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork
 from .test_format import read_checkpoint
 
 NAMES = sorted(generate.TREES)
@@ -109,7 +109,7 @@ def test_sharded_arrays_restore_on_another_mesh(name: str) -> None:
 
 
 def test_sharded_arrays_restore_on_one_device() -> None:
-    run_program(
+    run_fork(
         """
         import sys
         import jax, numpy as np, jaxckpt

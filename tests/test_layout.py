@@ -36,6 +36,8 @@ from jaxckpt._tables import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT, ChunkTa
 SETTINGS = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
+# One of these examples is a tree of several arrays, written and read as a whole.
+SOME = settings(SETTINGS, max_examples=60)
 FEW = settings(SETTINGS, max_examples=25)
 
 DTYPES = ("uint8", "uint16", "float32", "float64", "complex128")
@@ -363,7 +365,8 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@SETTINGS
+@pytest.mark.slow
+@SOME
 @given(st.lists(cases(), max_size=6), OPTIONS)
 def test_every_element_is_written_once(written: list[Case], options: dict[str, Any]):
     plan = plan_writes([case.extent for case in written], **options)
@@ -489,7 +492,8 @@ def check_destinations(written: list[Case], plan: ReadPlan) -> None:
 UNIT_BYTES = st.sampled_from([1, MIB, 8 * MIB])
 
 
-@SETTINGS
+@pytest.mark.slow
+@SOME
 @given(st.data(), st.lists(cases(), min_size=1, max_size=5), OPTIONS, UNIT_BYTES)
 def test_from_any_sharding_to_any_other_every_element_is_read_once(
     data: st.DataObject, written: list[Case], options: dict[str, Any], unit_bytes: int
@@ -506,6 +510,7 @@ def test_from_any_sharding_to_any_other_every_element_is_read_once(
     assert all(np.all(reads == 1) for reads in store.reads.values()), "a stored byte is not read once"
 
 
+@pytest.mark.slow
 @FEW
 @given(
     st.data(), large_cases(), OPTIONS.filter(lambda options: options["chunk_bytes_max"] > 1000), UNIT_BYTES
@@ -523,7 +528,7 @@ def test_large_arrays_are_read_once_too(
 
 
 @pytest.mark.slow
-@SETTINGS
+@SOME
 @given(st.data(), cases(has_empty=False), OPTIONS, UNIT_BYTES)
 def test_boxes_of_any_kind_are_filled(
     data: st.DataObject, case: Case, options: dict[str, Any], unit_bytes: int

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jaxckpt
 from jaxckpt import MismatchError, SaveOptions, UnsupportedLeafError
 
-from .helpers import assert_same_tree, make_mesh, run_program
+from .helpers import assert_same_tree, make_mesh, run_fork
 
 LAYOUTS = {
     "packed": SaveOptions(),
@@ -316,7 +316,7 @@ X64_PROGRAM = """
 
 
 def test_64_bit_arrays_need_64_bit_mode(tmp_path):
-    run_program(X64_PROGRAM, tmp_path, devices=4)
+    run_fork(X64_PROGRAM, tmp_path, devices=4)
     path = tmp_path / "packed"
     with pytest.raises(MismatchError) as caught:
         jaxckpt.restore(path)

@@ -584,6 +584,7 @@ assert checkpoint["w"][...].tolist() == [1.0] * 4
 """
 
 
+@pytest.mark.slow
 def test_what_another_process_reads_is_deleted_after_its_end(path: pathlib.Path) -> None:
     manager = CheckpointManager(path, max_to_keep=1)
     manager.save(1, tree_of(1))

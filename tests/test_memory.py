@@ -1,7 +1,7 @@
 """``host_bytes_max`` holds on save and restore, whatever the size and shape of the leaves (requirement 14), and nothing
 of a finished save stays in memory (requirement 13).
 
-Peaks are those that the kernel has counted (``VmHWM``), in fresh processes, above what the process had when the leaf
+Peaks are those that the kernel has counted (``VmHWM``), in a process for each, above what the process had when the leaf
 was there. Leaves hold a pattern that the programs can check in slices.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from .helpers import run_program
+from .helpers import run_fork
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self"),
@@ -58,6 +58,11 @@ COMMON = """
         for index, part in parts or [((slice(None), slice(None)), array)]:
             rows, columns = (place.indices(size)[:2] for place, size in zip(index, array.shape))
             part = np.asarray(part)
+            if part.flags.f_contiguous and not part.flags.c_contiguous:
+                starts = np.arange(*rows, dtype=np.uint32) * np.uint32(array.shape[1])
+                for number, column in enumerate(range(*columns)):
+                    assert (part[:, number] == starts + np.uint32(column)).all(), column
+                continue
             for number in range(part.shape[0]):
                 first = (rows[0] + number) * array.shape[1] + columns[0]
                 for at in range(0, part.shape[1], MIB):
@@ -72,8 +77,8 @@ COMMON = """
         shape = shape_of(kind, nbytes)
         if kind == "fortran":
             leaf = np.empty(shape, np.uint32, order="F")
-            leaf[...] = np.arange(shape[0], dtype=np.uint32)[:, None] * np.uint32(shape[1])
-            leaf += np.arange(shape[1], dtype=np.uint32)
+            leaf.T[...] = np.arange(shape[0], dtype=np.uint32) * np.uint32(shape[1])
+            leaf.T[...] += np.arange(shape[1], dtype=np.uint32)[:, None]
             return leaf
         if kind == "numpy":
             return fill(np.empty(shape, np.uint32))
@@ -145,32 +150,41 @@ RESTORE = (
 
 
 def peaks_of_saving(kind: str, nbytes: int, limit: int, folder: pathlib.Path, *ways: str) -> dict[str, int]:
-    result = run_program(SAVE, kind, str(nbytes), str(limit), folder, *ways, devices=8, timeout_s=150)
+    result = run_fork(SAVE, kind, str(nbytes), str(limit), folder, *ways, devices=8, timeout_s=150)
     peaks: dict[str, int] = json.loads(result.stdout)
     return peaks
 
 
 def peak_of_restoring(kind: str, nbytes: int, limit: int, folder: pathlib.Path, way: str) -> int:
-    return int(
-        run_program(RESTORE, kind, str(nbytes), str(limit), folder, way, devices=8, timeout_s=100).stdout
-    )
+    return int(run_fork(RESTORE, kind, str(nbytes), str(limit), folder, way, devices=8, timeout_s=100).stdout)
 
 
 def show(peaks: dict[str, int]) -> dict[str, str]:
     return {way: f"{peak / MIB:.0f} MiB" for way, peak in peaks.items()}
 
 
-@pytest.mark.parametrize("kind", ["numpy", "fortran", "device", "rows", "columns"])
-def test_a_leaf_of_one_gib_with_64_mib_of_memory(tmp_path: pathlib.Path, kind: str) -> None:
-    nbytes, limit = 1024 * MIB, 64 * MIB
+@pytest.mark.parametrize("kind", ["numpy", "device", "rows", "columns"])
+def test_a_leaf_of_half_a_gib_with_64_mib_of_memory(tmp_path: pathlib.Path, kind: str) -> None:
+    nbytes, limit = 512 * MIB, 64 * MIB
     peaks = peaks_of_saving(kind, nbytes, limit, tmp_path, "blocking", "pool", "pinned")
     assert all(peak <= limit + SLACK for peak in peaks.values()), show(peaks)
     peak = peak_of_restoring(kind, nbytes, limit, tmp_path, "blocking")
     assert peak <= nbytes + limit + SLACK, show({"restore": peak})
 
 
-@pytest.mark.parametrize("limit", [2 * MIB, 8 * MIB])
-@pytest.mark.parametrize("kind", ["fortran", "strided", "one row", "columns", "pinned", "replicated"])
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        ("fortran", 2 * MIB),
+        ("fortran", 8 * MIB),
+        ("strided", 2 * MIB),
+        ("one row", 2 * MIB),
+        ("columns", 2 * MIB),
+        ("columns", 8 * MIB),
+        ("pinned", 2 * MIB),
+        ("replicated", 2 * MIB),
+    ],
+)
 def test_leaves_of_all_shapes_with_very_little_memory(tmp_path: pathlib.Path, kind: str, limit: int) -> None:
     nbytes = 160 * MIB
     peaks = peaks_of_saving(kind, nbytes, limit, tmp_path, "blocking", "pool", "pinned")
@@ -180,13 +194,13 @@ def test_leaves_of_all_shapes_with_very_little_memory(tmp_path: pathlib.Path, ki
 
 
 def test_elements_of_half_a_byte_are_not_unpacked_all_at_once(tmp_path: pathlib.Path) -> None:
-    peaks = peaks_of_saving("int4", 256 * MIB, 8 * MIB, tmp_path, "blocking", "pool")
+    peaks = peaks_of_saving("int4", 128 * MIB, 8 * MIB, tmp_path, "blocking", "pool")
     assert all(peak <= 8 * MIB + SLACK for peak in peaks.values()), show(peaks)
 
 
 @pytest.mark.parametrize("staging", ["pool", "pinned"])
-def test_a_hundred_saves_leave_nothing_behind(tmp_path: pathlib.Path, staging: str) -> None:
-    """Memory, file handles and threads after a hundred saves are those after the first ten."""
+def test_sixty_saves_leave_nothing_behind(tmp_path: pathlib.Path, staging: str) -> None:
+    """Memory, file handles and threads after sixty saves are those after the first ten."""
     program = """
         import gc, json, os, pathlib, sys, threading
         import jax, jax.numpy as jnp, numpy as np
@@ -201,29 +215,27 @@ def test_a_hundred_saves_leave_nothing_behind(tmp_path: pathlib.Path, staging: s
 
         sharding = NamedSharding(make_mesh({"x": 4}), PartitionSpec("x"))
         state = {
-            "large": [jax.device_put(jnp.full((1024, 1024), number, jnp.float32), sharding) for number in range(14)],
+            "large": [jax.device_put(jnp.full((1024, 1024), number, jnp.float32), sharding) for number in range(6)],
             "small": [jnp.full((1000,), number) for number in range(100)],
             "host": np.zeros((1024, 1024), order="F"),
         }
         step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
         options = jaxckpt.SaveOptions(staging=sys.argv[2])
         sizes = []
-        for number in range(100):
+        for number in range(60):
             pending = jaxckpt.save_async(sys.argv[1], state, overwrite=True, options=options)
             state["large"] = step(state["large"])
             pending.wait(60)
             del pending
             sizes.append((resident(), len(os.listdir("/proc/self/fd")), threading.active_count()))
         restored = jaxckpt.restore(sys.argv[1])
-        assert [float(leaf[0, 0]) for leaf in restored["large"]] == [99 + number for number in range(14)]
+        assert [float(leaf[0, 0]) for leaf in restored["large"]] == [59 + number for number in range(6)]
         print(json.dumps(sizes))
     """
-    sizes: list[Any] = json.loads(
-        run_program(program, tmp_path / "a", staging, devices=4, timeout_s=200).stdout
-    )
+    sizes: list[Any] = json.loads(run_fork(program, tmp_path / "a", staging, devices=4, timeout_s=200).stdout)
     memory, handles, threads = zip(*sizes, strict=True)
-    # Of what one save leaves behind for ever, a fiftieth would show.
-    assert max(memory[50:]) <= max(memory[5:15]) + 64 * MIB, [size // MIB for size in memory]
+    # Of what one save leaves behind for ever, a fifteenth would show.
+    assert max(memory[30:]) <= max(memory[5:15]) + 64 * MIB, [size // MIB for size in memory]
     assert set(handles[1:]) == {handles[-1]}
     assert set(threads) == {threads[-1]}
     assert len(list((tmp_path / "a").glob("data-*"))) == 1

@@ -254,6 +254,7 @@ def trees(draw: Any) -> tuple[list[LeafExtent | None], int]:
     return leaves, process_count
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(trees(), st.sampled_from((1, 16, 64, 10**6)), st.sampled_from((1, 8, 40, 10**6)))
 def test_every_chunk_is_written_once_by_a_process_that_holds_it(

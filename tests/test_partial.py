@@ -197,7 +197,6 @@ def test_an_unused_rule_is_an_error(path):
     assert problems_of(path, rename=[("a/.*", "x"), ("c", "y")]) == expected
     # A rule that an earlier one leaves nothing is unused too, and a part of a component is no prefix.
     assert problems_of(path, rename=[("a/.*", "x"), ("a/w", "y")]) == ["a/w: this rule renames no saved key"]
-    assert problems_of(path, rename={"a/": "x"}) == ["a/: this rule renames no saved key"]
     assert problems_of(path, rename=[("a", "x")]) == ["a: this rule renames no saved key"]
 
 

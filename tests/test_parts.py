@@ -28,7 +28,7 @@ from jaxckpt._zarr import leaf_directory
 
 from .attacks.generate import base_fields, digest, of_process_0_alone, of_two_processes, pack
 from .golden import generate
-from .helpers import run_program
+from .helpers import run_fork
 from .test_attacks import DELETED, SAMPLES
 
 GOLDEN = generate.ROOT / "four-processes"
@@ -483,7 +483,7 @@ def test_lies_about_parts_take_neither_memory_nor_time(tmp_path: pathlib.Path) -
     }
     for number, lie in enumerate(lies.values()):
         write_lie(tmp_path / str(number), **lie)
-    result = run_program(
+    result = run_fork(
         """
         import json, pathlib, sys, time
         import jaxckpt

@@ -28,7 +28,7 @@ from jaxckpt._persist import PieceWriter
 from jaxckpt._progress import ProgressMeter
 from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY, HostMemory
 
-from .helpers import assert_same_tree, run_program
+from .helpers import assert_same_tree, run_fork
 from .test_commit import WatchedStore
 
 MIB = 1 << 20
@@ -129,6 +129,7 @@ def test_the_snapshot_is_over_before_storage_has_anything(path: pathlib.Path, st
     assert pending.wait_snapshot(0)
 
 
+@pytest.mark.slow
 def test_the_snapshot_is_not_over_while_bytes_wait_for_room(path: pathlib.Path) -> None:
     """The pinned way hands on in the background; the only buffer is taken as long as storage waits."""
     gate = Gate()
@@ -287,7 +288,7 @@ def test_a_program_that_ends_without_waiting_finishes_the_save(path: pathlib.Pat
         options = jaxckpt.SaveOptions(staging=sys.argv[2], host_bytes_max=1 << 24)
         jaxckpt.save_async(sys.argv[1], tree, options=options)
     """
-    run_program(program, path, staging, timeout_s=60)
+    run_fork(program, path, staging, timeout_s=60)
     restored = jaxckpt.restore(path)
     np.testing.assert_array_equal(restored["large"], np.arange(1 << 22))
     assert [int(leaf[99]) for leaf in restored["small"]] == list(range(50))
@@ -310,7 +311,7 @@ def test_a_program_in_which_no_thread_can_be_started_ends_with_the_error(path: p
         jaxckpt.save(sys.argv[1], tree)
         assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
     """
-    result = run_program(program, path, timeout_s=60)
+    result = run_fork(program, path, timeout_s=60)
     assert result.stdout.splitlines() == ["can't start new thread"] * 2
     assert_same_tree(jaxckpt.restore(path), {"w": jnp.ones(10)})
 

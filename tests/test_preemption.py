@@ -21,7 +21,7 @@ import pytest
 
 from jaxckpt._preemption import Preemption
 
-from .helpers import ROOT, run_program
+from .helpers import ROOT, run_fork, run_program
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def test_sigterm_does_not_kill_and_is_seen_at_the_next_step() -> None:
                     break
         print(step, preemption.requested, preemption.is_requested(step + 1))
     """
-    assert run_program(program).stdout.split() == ["4", "True", "True"]
+    assert run_fork(program).stdout.split() == ["4", "True", "True"]
 
 
 def test_sigterm_during_a_sleep_of_another_process_is_seen() -> None:
@@ -110,7 +110,7 @@ def test_after_uninstall_sigterm_kills_again() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         print("not reached", flush=True)
     """
-    result = run_program(program, check=False)
+    result = run_fork(program, check=False)
     assert (result.returncode, result.stdout) == (-signal.SIGTERM, "alive\n"), result.stderr
 
 
@@ -128,7 +128,7 @@ def test_a_forked_worker_still_ends_by_sigterm_and_the_parent_notices_nothing() 
                 print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
             print(preemption.requested)
     """
-    assert run_program(program).stdout.split() == ["-15", "-10", "False"]
+    assert run_fork(program).stdout.split() == ["-15", "-10", "False"]
 
 
 def test_the_interrupt_key_becomes_a_soft_stop_if_asked_for() -> None:
@@ -144,7 +144,7 @@ def test_the_interrupt_key_becomes_a_soft_stop_if_asked_for() -> None:
         except KeyboardInterrupt:
             print("interrupted")
     """
-    assert run_program(program).stdout.split() == ["True", "interrupted"]
+    assert run_fork(program).stdout.split() == ["True", "interrupted"]
 
 
 def test_an_ignored_signal_is_ignored_again_after_uninstall() -> None:
@@ -159,7 +159,7 @@ def test_an_ignored_signal_is_ignored_again_after_uninstall() -> None:
         signal.raise_signal(signal.SIGTERM)
         print(signal.getsignal(signal.SIGTERM) is signal.SIG_IGN)
     """
-    assert run_program(program).stdout.split() == ["True", "True"]
+    assert run_fork(program).stdout.split() == ["True", "True"]
 
 
 def test_the_module_needs_no_jax() -> None:
@@ -495,7 +495,7 @@ def test_jaxs_service_keeps_sigterm_and_tells_the_loop(order: str) -> None:
         print("alive", flush=True)
         jax.distributed.shutdown()
     """
-    result = run_program(LOOP + textwrap.dedent(program), free_port(), order)
+    result = run_fork(LOOP + textwrap.dedent(program), free_port(), order)
     assert result.stdout.split() == ["True", "True", "True", "alive"], result.stderr
     assert "jax's preemption service announced" in result.stderr
 
@@ -513,7 +513,7 @@ def test_the_service_answers_whatever_the_steps_are(first: int, by: int) -> None
                 break
         print(abs(step - int(sys.argv[2])) <= 100 * abs(int(sys.argv[3])), Preemption().is_requested(0))
     """
-    result = run_program(LOOP + textwrap.dedent(program), free_port(), first, by)
+    result = run_fork(LOOP + textwrap.dedent(program), free_port(), first, by)
     assert result.stdout.split() == ["True", "True"], result.stderr
 
 
@@ -533,7 +533,7 @@ def test_two_objects_that_count_differently_both_get_the_answer() -> None:
                 break
         print(sorted(answers))
     """
-    assert run_program(LOOP + textwrap.dedent(program), free_port()).stdout == "['one', 'other']\n"
+    assert run_fork(LOOP + textwrap.dedent(program), free_port()).stdout == "['one', 'other']\n"
 
 
 def test_one_process_that_knows_by_itself_does_not_wait_for_the_service() -> None:
@@ -546,7 +546,7 @@ def test_one_process_that_knows_by_itself_does_not_wait_for_the_service() -> Non
         asked.request()
         print(asked.is_requested(1))
     """
-    result = run_program(LOOP + textwrap.dedent(program), free_port())
+    result = run_fork(LOOP + textwrap.dedent(program), free_port())
     assert result.stdout.split() == ["True", "True"], result.stderr
 
 
@@ -561,7 +561,7 @@ def test_without_the_service_the_signal_is_ours() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         print("not reached", flush=True)
     """
-    result = run_program(LOOP + textwrap.dedent(program), free_port(), check=False)
+    result = run_fork(LOOP + textwrap.dedent(program), free_port(), check=False)
     assert (result.returncode, result.stdout) == (-signal.SIGTERM, "True\n"), result.stderr
 
 
@@ -580,7 +580,7 @@ def test_a_jax_that_hides_the_service_is_asked_by_what_it_makes_public(enabled: 
                     break
         print((step > 5) is enabled)
     """
-    result = run_program(LOOP + textwrap.dedent(program), free_port(), enabled)
+    result = run_fork(LOOP + textwrap.dedent(program), free_port(), enabled)
     assert result.stdout == "True\n", result.stderr
 
 

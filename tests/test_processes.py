@@ -669,6 +669,7 @@ class HangingChannel(MemoryChannel):
         return {**found, **super().listing(prefix)}
 
 
+@pytest.mark.slow
 def test_a_look_that_hangs_does_not_keep_the_body_from_ending_and_tells_nobody_later() -> None:
     service = MemoryService()
     channel = HangingChannel(service, 1, 2)

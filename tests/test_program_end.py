@@ -19,7 +19,7 @@ import pytest
 
 import jaxckpt
 
-from .helpers import ROOT, run_program
+from .helpers import ROOT, run_fork
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ PRELUDE = textwrap.dedent("""
 def run(
     program: str, directory: pathlib.Path, *arguments: str, timeout_s: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    return run_program(
+    return run_fork(
         PRELUDE + textwrap.dedent(program), directory, *arguments, timeout_s=timeout_s, check=False
     )
 

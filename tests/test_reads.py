@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P, Sharding, SingleDevi
 import jaxckpt
 from jaxckpt._config import BLOCK_BYTES, MIB
 
-from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_program
+from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork
 
 SETTINGS = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
@@ -139,7 +139,7 @@ def test_a_fresh_process_with_one_device_reads_once(path: pathlib.Path):
         assert report.bytes_read <= counted <= report.bytes_read + 65536, (report, counted)
         print(report.nbytes)
         """
-    assert run_program(program, path).stdout.strip() == str(8 * MIB)
+    assert run_fork(program, path).stdout.strip() == str(8 * MIB)
 
 
 # --- some leaves ----------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from jax.sharding import (
 import jaxckpt
 from jaxckpt._shardings import describe_sharding, fit_to_mesh, format_sharding, rebuild_sharding, shard_boxes
 
-from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_program
+from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork
 
 SHAPE = (16, 8, 24)
 
@@ -168,6 +168,7 @@ def test_describe_shows_every_sharding(saved: tuple[pathlib.Path, dict[str, jax.
     assert sharding["spec"] == [["a"], ["b"]]
 
 
+@pytest.mark.slow
 def test_prng_keys_and_empty_arrays_keep_their_shardings(path: pathlib.Path):
     mesh = make_mesh({"a": 4, "b": 2})
     tree = {
@@ -319,7 +320,7 @@ def test_a_mesh_of_one_device_comes_back_where_there_is_only_one(path: pathlib.P
         assert restored["single"].sharding == SingleDeviceSharding(device)
         assert restored["wide"].sharding == SingleDeviceSharding(device)
         """
-    run_program(program, path)
+    run_fork(program, path)
 
 
 # --- what callers ask for -------------------------------------------------------------------------------------
@@ -357,6 +358,7 @@ def test_a_prefix_that_does_not_fit_the_tree_is_refused(path: pathlib.Path):
         jaxckpt.restore(path, sharding={"a": single, "b": [single]})
 
 
+@pytest.mark.slow
 def test_a_callable_tree_of_shardings_is_a_tree(path: pathlib.Path):
     equinox = pytest.importorskip("equinox")
     model = equinox.nn.MLP(2, 2, 4, 1, key=jax.random.key(0), activation=equinox.nn.PReLU())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import pathlib
 import threading
 import weakref
@@ -52,9 +53,19 @@ def make_state(mesh: Mesh, rows: int = 256) -> dict[str, jax.Array]:
     }
 
 
+@jax.jit
+def zeros_like(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(jnp.zeros_like, state)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def add_one(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {key: (leaf.astype(jnp.float32) + 1).astype(leaf.dtype) for key, leaf in state.items()}
+
+
+@jax.jit
+def minus_two(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {key: (leaf.astype(jnp.float32) - 2).astype(leaf.dtype) for key, leaf in state.items()}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -66,10 +77,9 @@ def add_one_slowly(state: dict[str, jax.Array], matrix: jax.Array) -> dict[str, 
 
 
 def values_in(tree: Any) -> set[float]:
-    """All values of the leaves."""
-    return {
-        float(value) for leaf in jax.tree.leaves(tree) for value in np.unique(np.asarray(leaf, np.float32))
-    }
+    """The least and the largest value of each leaf: a single one if all are equal."""
+    arrays = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(tree)]
+    return {float(value) for array in arrays for value in (array.min(), array.max())}
 
 
 def assert_memory_is_given_back() -> None:
@@ -80,8 +90,10 @@ def assert_memory_is_given_back() -> None:
 # --- donated --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [None, AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("host_bytes_max", CAPS)
+@pytest.mark.parametrize(
+    ("context", "host_bytes_max"),
+    [(None, 3 * MIB), *itertools.product([None, AxisType.Auto, AxisType.Explicit], [None, 2 * MIB])],
+)
 @pytest.mark.parametrize("staging", WAYS)
 def test_donating_steps_in_flight_do_not_disturb_it(
     tmp_path: pathlib.Path, staging: Any, host_bytes_max: int | None, context: AxisType | None
@@ -99,7 +111,7 @@ def test_donating_steps_in_flight_do_not_disturb_it(
             state = add_one(state)
             state = add_one(state)
             assert all(leaf.is_deleted() for leaf in before.values()), "the step did not donate"
-            state = jax.tree.map(lambda leaf: (leaf.astype(jnp.float32) - 2).astype(leaf.dtype), state)
+            state = minus_two(state)
     for step, save in saves:
         save.wait(60)
         assert values_in(jaxckpt.restore(tmp_path / str(step))) == {float(step)}
@@ -309,7 +321,7 @@ def test_many_overlapping_saves(tmp_path: pathlib.Path, staging: Any, host_bytes
     saves = []
     for step in range(12):
         saves.append(jaxckpt.save_async(tmp_path / str(step), state, options=options))
-        state = add_one(state) if step % 8 != 7 else jax.tree.map(jnp.zeros_like, state)
+        state = add_one(state) if step % 8 != 7 else zeros_like(state)
     for step, save in enumerate(saves):
         save.wait(60)
         want = step if step < 8 else step - 8

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from .helpers import run_program
+from .helpers import run_fork
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,7 +140,7 @@ def soak(
     directory: pathlib.Path, saves: int, *, measure_every: int, fail_every: int = 0, reopen_every: int = 0
 ) -> dict[str, Any]:
     """Runs it; the last line that it prints are its findings."""
-    result = run_program(
+    result = run_fork(
         PROGRAM,
         directory,
         *map(str, (saves, measure_every, fail_every, reopen_every)),
@@ -163,7 +163,9 @@ def assert_flat(figures: list[dict[str, int]], *, rss_growth_max: int) -> None:
     growth = [after["objects"] - before["objects"] for before, after in itertools.pairwise(figures)]
     assert min(growth) < (figures[1]["saves"] - first["saves"]) // 10
     assert last["containers"] - first["containers"] <= 0
-    for name in ("descriptors", "threads", "python_threads", "arrays", "idle_buffers", "files"):
+    # A thread that Python has joined may still be on its way out of the kernel.
+    assert min(row["threads"] for row in figures[-3:]) <= min(row["threads"] for row in figures[:3])
+    for name in ("descriptors", "python_threads", "arrays", "idle_buffers", "files"):
         assert {row[name] for row in figures} == {first[name]}, name
     assert all(row["bytes_in_use"] == 0 for row in figures)
     assert max(row["bytes"] for row in figures) - min(row["bytes"] for row in figures) < 1024
@@ -176,12 +178,12 @@ def test_2000_saves_while_training_goes_on_leave_memory_handles_and_the_director
 
 
 def test_saves_that_fail_leave_nothing_either(directory):
-    findings = soak(directory, 300, measure_every=50, fail_every=10)
-    assert findings["events"]["failed"] == 30
+    findings = soak(directory, 200, measure_every=40, fail_every=10)
+    assert findings["events"]["failed"] == 20
     assert_flat(findings["figures"], rss_growth_max=8 * MIB)
 
 
 def test_managers_that_are_opened_again_and_again_leave_nothing_either(directory):
-    findings = soak(directory, 600, measure_every=100, reopen_every=50)
-    assert findings["events"]["saved"] == 600
+    findings = soak(directory, 300, measure_every=50, reopen_every=10)
+    assert findings["events"]["saved"] == 300
     assert_flat(findings["figures"], rss_growth_max=8 * MIB)

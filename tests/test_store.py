@@ -15,7 +15,7 @@ import tensorstore as ts
 import jaxckpt
 from jaxckpt._store import LocalStore, open_store
 
-from .helpers import assert_same_tree, run_program
+from .helpers import assert_same_tree, run_fork
 
 ODD_NAMES = ["with a space", "50%", "100%25", "#1?", "日本", "a\nb"]
 
@@ -203,7 +203,7 @@ def test_what_somebody_is_about_to_delete_is_not_there_for_a_reader(tmp_path: pa
 
 def test_a_forked_process_does_not_keep_the_holds_of_its_parent(tmp_path: pathlib.Path) -> None:
     """A data loader's worker outlives a save or a restore by far."""
-    run_program(
+    run_fork(
         """
         import os, sys
         from jaxckpt._store import LocalStore

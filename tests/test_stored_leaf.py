@@ -9,6 +9,7 @@ import pathlib
 import random
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
@@ -128,3 +129,51 @@ def test_a_manifest_of_no_possible_time_is_refused(path: pathlib.Path, created_s
     manifest.write_bytes(msgpack.packb([magic, xxhash.xxh3_128_digest(changed), changed]))
     with pytest.raises(jaxckpt.FormatError, match="time"):
         jaxckpt.describe(path)
+
+
+# --- what a checkpoint says of itself ---------------------------------------------------------------------------
+
+
+def test_a_checkpoint_says_the_shapes_and_dtypes_of_its_leaves(path: pathlib.Path) -> None:
+    tree = {
+        "dense": {"kernel": jnp.zeros((2, 3), jnp.bfloat16), "bias": np.zeros(3)},
+        "key": jax.random.split(jax.random.key(0), 4),
+        "step": 7,
+        "text": "a" * 5000,
+    }
+    jaxckpt.save(path, tree)
+    checkpoint = jaxckpt.open(path)
+    assert checkpoint.shapes() == {
+        "dense/bias": (3,),
+        "dense/kernel": (2, 3),
+        "key": (4,),
+        "step": (),
+        "text": (),
+    }
+    assert checkpoint.dtypes() == {
+        "dense/bias": np.dtype("float64"),
+        "dense/kernel": np.dtype(jnp.bfloat16),
+        "key": np.dtype("uint32"),
+        "step": "int",
+        "text": "str",
+    }
+    assert "dense/bias" in checkpoint
+    assert "dense" not in checkpoint
+    assert str(checkpoint).splitlines() == [
+        f"{path}: 5 leaves, {checkpoint.nbytes} bytes",
+        "  dense/bias (float64) [3]",
+        "  dense/kernel (bfloat16) [2, 3]",
+        "  key (key<threefry2x32>) [4]",
+        "  step (int) []",
+        "  text (str) []",
+    ]
+
+
+def test_a_key_that_is_not_there_gets_a_hint(path: pathlib.Path) -> None:
+    jaxckpt.save(path, {"dense": {"kernel": 1, "bias": 2}})
+    checkpoint = jaxckpt.open(path)
+    with pytest.raises(KeyError, match=r"which has 2 leaves; did you mean 'dense/kernel' or 'dense/bias'\?"):
+        checkpoint["dense/kernal"]
+    for key in ("something else", 7):
+        with pytest.raises(KeyError, match=r"which has 2 leaves[\"']$"):
+            checkpoint[key]

@@ -31,7 +31,7 @@ from jax.tree_util import DictKey, GetAttrKey
 import jaxckpt
 from jaxckpt import CheckpointError, SaveOptions, UnsupportedLeafError
 
-from .helpers import assert_same_tree, run_program
+from .helpers import assert_same_tree, run_fork
 
 OWN_OBJECTS = SaveOptions(pack_bytes_max=0)
 
@@ -546,6 +546,7 @@ class Network(linen.Module):
         return linen.BatchNorm(use_running_average=False)(linen.Dense(3)(x))
 
 
+@pytest.mark.slow
 def test_flax_train_state(path):
     network = Network()
     variables = network.init(jax.random.key(0), jnp.ones((2, 3)))
@@ -585,6 +586,7 @@ class NnxNetwork(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 def test_nnx_states_and_models(path):
     model = NnxNetwork(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
@@ -605,6 +607,7 @@ def test_an_nnx_model_is_a_tree_of_its_own(path):
     assert restored(x).tolist() == model(x).tolist()
 
 
+@pytest.mark.slow
 def test_equinox_modules(path):
     model = eqx.nn.MLP(2, 3, 4, 2, key=jax.random.key(0))
     with pytest.raises(UnsupportedLeafError, match=r"activation: .*equinox.partition") as caught:
@@ -632,6 +635,7 @@ def test_equinox_state(path):
 # --- no pickle, no import -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_restore_imports_no_user_code(path, tmp_path):
     folder = tmp_path / "modules"
     folder.mkdir()
@@ -648,7 +652,7 @@ def test_a_restore_imports_no_user_code(path, tmp_path):
         record = np.zeros(2, [("a", "i4")])
         jaxckpt.save(sys.argv[2], [user_code.Pair(1, user_code.Layer(jnp.ones(2))), record, np.datetime64(1, "s")])
     """
-    run_program(saver, folder, path)
+    run_fork(saver, folder, path)
     restorer = """
         import builtins, sys
         import jax, jaxckpt
@@ -667,7 +671,7 @@ def test_a_restore_imports_no_user_code(path, tmp_path):
         except ModuleNotFoundError:
             print("cannot be imported")
     """
-    assert run_program(restorer, path).stdout == "cannot be imported\n"
+    assert run_fork(restorer, path).stdout == "cannot be imported\n"
 
 
 def test_a_class_name_on_disk_is_only_shown(path, tmp_path, monkeypatch):
