@@ -245,9 +245,9 @@ def restore(
         the leaf of ``like``; without ``like`` they are left out (None stands for them in sequences).
       rename: Mapping of saved keys or leading parts of them to new ones (``"/"`` behind both: only what is below;
         ``"/"`` alone is the root), or pairs (regular expression that matches a whole saved key, replacement). Several
-        new names in a list all get the leaf. `Pieces` cuts a leaf or joins several, `Vocabulary` puts rows where their
-        words are. A rule that fits nothing, or gives ``like`` nothing, is an error. Without ``like`` the result is a
-        nest of dicts.
+        new names in a list, or in pairs of the same expression, all get the leaf. `Pieces` cuts a leaf or joins
+        several, `Vocabulary` puts rows where their words are. A rule that fits nothing, or gives ``like`` nothing, is
+        an error. Without ``like`` the result is a nest of dicts.
       missing: For leaves of ``like`` that are not on disk: ``"error"``, or ``"keep"`` the leaf of ``like``.
       unexpected: For leaves on disk that ``like`` does not have: ``"error"`` or ``"ignore"``.
       cast: Whether dtypes are converted to those of ``like``.

@@ -45,7 +45,8 @@ class Pieces:
     """Leaves that lie end to end along an axis and make up one; for ``rename=`` of `restore`.
 
     As what a rule renames *to*, these leaves of ``like`` get what was saved as one; their shapes say where it is cut,
-    and each reads its own part. As what a rule renames *from*, these saved leaves become one. Both together cut anew.
+    and each reads its own part. As what a rule renames *from*, these saved leaves become one, which is
+    of the first one's kind and sharding where nobody says more. Both together cut anew.
 
     Attributes:
       names: Keys of the pieces, from first to last.

@@ -27,7 +27,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -176,6 +176,9 @@ class ForeignCheckpoint(abc.ABC):
 
     def __len__(self) -> int:
         return len(self.leaves())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
     def __getitem__(self, key: str) -> ForeignArray:
         leaf = self._leaf_of(key)

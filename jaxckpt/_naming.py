@@ -145,6 +145,7 @@ def rename_keys(keys: Sequence[str], is_selected: Sequence[bool], rename: Rename
     rules, joins = _parse_rules(rename, problems)
     joined = _join_leaves(joins, keys, is_selected, problems)
     used = [False] * len(rules)
+    candidates = _index_rules(rules)
     renamed = Renamed({}, [], {})
     first_owner: dict[str, str] = {}
     for leaf, key in enumerate(keys):
@@ -155,7 +156,7 @@ def rename_keys(keys: Sequence[str], is_selected: Sequence[bool], rename: Rename
             text = _text_of(pieces)
         else:
             leaves, pieces = (leaf,), None
-            text, places = _apply_rules(rules, key, used, problems)
+            text, places = _apply_rules(rules, candidates(key), key, used, problems)
         for number, place in enumerate(places):
             for new_key, source in _sources_of(leaves, pieces, place):
                 if not is_selected[leaf]:
@@ -183,15 +184,33 @@ def rename_keys(keys: Sequence[str], is_selected: Sequence[bool], rename: Rename
 
 
 def _apply_rules(
-    rules: Sequence[_Rule], key: str, used: list[bool], problems: list[Problem]
+    rules: Sequence[_Rule], candidates: Iterable[int], key: str, used: list[bool], problems: list[Problem]
 ) -> tuple[str | None, tuple[Place, ...]]:
     """What the first rule that fits a key is called, and where it puts it."""
-    for number, rule in enumerate(rules):
-        places = rule.apply(key, problems)
+    for number in candidates:
+        places = rules[number].apply(key, problems)
         if places is not None:
             used[number] = True
-            return rule.text, places
+            return rules[number].text, places
     return None, (key,)
+
+
+def _index_rules(rules: Sequence[_Rule]) -> Callable[[str], Iterable[int]]:
+    """Which rules may fit a key, in the order in which they are tried: thousands of names do not take a minute."""
+    by_start: dict[str, list[int]] = {}
+    for number, rule in enumerate(rules):
+        if rule.start is None:
+            return lambda _: range(len(rules))
+        by_start.setdefault(rule.start, []).append(number)
+
+    def candidates(key: str) -> Iterable[int]:
+        end = len(key)
+        while end > 0:
+            yield from by_start.get(key[:end], ())
+            end = key.rfind("/", 0, end)
+        yield from by_start.get("", ())
+
+    return candidates
 
 
 def _sources_of(
@@ -218,11 +237,13 @@ class _Rule:
       text: What it is called in messages.
       places: Where what it fits goes to.
       expander: What turns names of `places` into new keys, for a key that the rule fits; None for other keys.
+      start: What all keys that the rule fits are or lie below; None where that is not known.
     """
 
     text: str
     places: tuple[Place, ...]
     expander: Callable[[str], Callable[[str], str] | None]
+    start: str | None
 
     def apply(self, key: str, problems: list[Problem]) -> tuple[Place, ...] | None:
         """The places of a key; None if the rule does not fit it."""
@@ -315,7 +336,7 @@ def _parse_prefix_rule(old: str, places: tuple[Place, ...]) -> _Rule | Problem:
         rest = key[len(start) + 1 :] if start else key
         return lambda name: f"{name}/{rest}" if name else rest
 
-    return _Rule(old, bare_places, expander)
+    return _Rule(old, bare_places, expander, start)
 
 
 def _parse_regex_rule(pattern: str | re.Pattern[str], places: tuple[Place, ...]) -> _Rule | Problem:
@@ -330,7 +351,7 @@ def _parse_regex_rule(pattern: str | re.Pattern[str], places: tuple[Place, ...])
         match = compiled.fullmatch(key)
         return None if match is None else match.expand
 
-    return _Rule(text, places, expander)
+    return _Rule(text, places, expander, None)
 
 
 def _text_of(pieces: Pieces) -> str:

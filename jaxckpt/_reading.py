@@ -12,7 +12,7 @@ import difflib
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import jax
@@ -300,6 +300,9 @@ class Checkpoint:
 
     def __len__(self) -> int:
         return len(self._leaf_of_key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
     def __getitem__(self, key: str) -> StoredLeaf:
         if key not in self._leaf_of_key:

@@ -103,7 +103,7 @@ def adam_like() -> MemoryCheckpoint:
 
 def test_a_checkpoint_lists_what_it_holds_without_reading():
     checkpoint = MemoryCheckpoint({"w": W, "text": strings(b"a", b"b")})
-    assert checkpoint.keys() == ("w", "text")
+    assert checkpoint.keys() == tuple(checkpoint) == ("w", "text")
     assert len(checkpoint) == 2
     assert "w" in checkpoint
     assert "v" not in checkpoint

@@ -256,6 +256,10 @@ def test_missing_leaves(path):
     assert problems_of(path, struct, missing="keep") == [
         "b: not on disk, and `like` has no value to keep there"
     ]
+    stored = {"a": 0, "b": jaxckpt.open(path)["a"]}
+    assert problems_of(path, stored, missing="keep") == [
+        "b: not on disk, and `like` has no value to keep there"
+    ]
 
 
 def test_unexpected_leaves(path):

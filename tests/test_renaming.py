@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -111,6 +112,38 @@ def test_rules_that_are_none_are_errors_that_name_them(path):
     for new in (7, None, ["b", 7]):
         with pytest.raises(TypeError, match="rename= takes str, Pieces, Vocabulary or several of them"):
             jaxckpt.restore(path, rename={"a": new})
+    wrong: Any
+    for wrong in ("a", len, ["a"], [("a", "b", "c")], {1: "b"}, {re.compile("a"): "b"}, [(1, "b")]):
+        with pytest.raises(TypeError, match="rename= takes"):
+            jaxckpt.restore(path, rename=wrong)
+
+
+def test_a_rule_that_gives_like_nothing_is_an_error(path):
+    """A typing error in a new name would go unseen where leaves may be missing and left out."""
+    jaxckpt.save(path, {"a": {"w": jnp.ones(2), "v": jnp.zeros(3)}, "c": 3})
+    like = {"b": {"w": jnp.zeros(2)}, "d": 1}
+    for rename, problem in (
+        ({"a/": "bb/"}, "a/: `like` has no 'bb/w'"),
+        ({"a/w": ["b/w", "b/x"]}, "a/w: `like` has no 'b/x'"),
+        ([("a/(.)", r"b\1")], "a/(.): `like` has no 'bw'"),
+        ({"a/w": Vocabulary("e", [0, 1], [1])}, "a/w: `like` has no 'e'"),
+        ({Pieces(("a/w", "a/v")): "e"}, "a/w, a/v: `like` has no 'e'"),
+    ):
+        found = problems_of(path, like, rename=rename, missing="keep", unexpected="ignore")
+        assert [line.replace("bb/v", "bb/w").replace("'bv'", "'bw'") for line in found] == [problem]
+    # A scope may have more than `like` wants, and what is not selected needs no place.
+    restored = jaxckpt.restore(path, {"b": {"w": jnp.zeros(2)}}, rename={"a/": "b/"}, unexpected="ignore")
+    assert restored["b"]["w"].tolist() == [1.0, 1.0]
+    rename = {"a/": "b/", "c": "x"}
+    jaxckpt.restore(path, like, rename=rename, select="a/w", missing="keep", unexpected="ignore")
+    assert jaxckpt.restore(path, {"d": 1}, rename={"c": "d", "a": []}, unexpected="ignore") == {"d": 3}
+
+
+def test_names_beside_numbers_make_a_tree_that_jax_can_sort(path):
+    jaxckpt.save(path, {"layers": [1, 2, 3], "step": 4})
+    restored = jaxckpt.restore(path, rename={"layers/1": "layers/middle"})
+    assert dict(restored["layers"]) == {0: 1, "middle": 2, 2: 3}
+    assert sorted(jax.tree.leaves(restored)) == [1, 2, 3, 4]
 
 
 # --- one leaf to several places -------------------------------------------------------------------------------
@@ -181,6 +214,18 @@ def test_places_that_two_leaves_would_have_are_errors(path):
     assert problems_of(path, rename={Pieces(("a", "b")): ["c", "c"]}) == ["c: would be both 'a' and 'a'"]
     both = {"a": Vocabulary("c", [0, 1], [1]), "b": "c"}
     assert problems_of(path, rename=both) == ["c: would be both 'a' and 'b'"]
+
+
+def test_pairs_with_one_old_name_give_it_several_new_ones(path):
+    jaxckpt.save(path, {"a": {"w": 1, "v": 2}})
+    assert jaxckpt.restore(path, rename=[("a/w", "x"), ("a/w", "y"), ("a/(.)", r"\1")]) == {
+        "x": 1,
+        "y": 1,
+        "v": 2,
+    }
+    assert jaxckpt.restore(path, rename=[(re.compile("A/(.)", re.IGNORECASE), r"\1")]) == {"w": 1, "v": 2}
+    with pytest.raises(MismatchError, match="a mapping renames all that lies below a name"):
+        jaxckpt.restore(path, rename=[("a/", "b/")])
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------
@@ -305,6 +350,12 @@ def test_pieces_whose_sizes_do_not_fit_are_errors(path):
         "x: its pieces lie along axis 0, but it is wanted along axis 1",
         "y: its pieces lie along axis 0, but it is wanted along axis 1",
     ]
+
+
+def test_pieces_may_be_of_both_kinds_of_arrays(path):
+    jaxckpt.save(path, {"a": jnp.ones(2), "b": np.zeros(1, np.float32)})
+    assert_same_tree(jaxckpt.restore(path, rename={Pieces(("b", "a")): "c"}), {"c": np.float32([0, 1, 1])})
+    assert_same_tree(jaxckpt.restore(path, rename={Pieces(("a", "b")): "c"}), {"c": jnp.float32([1, 1, 0])})
 
 
 def test_pieces_that_are_not_there_or_taken_twice_are_errors(path):
@@ -453,6 +504,8 @@ def test_vocabularies_that_do_not_fit_are_errors(path):
         Vocabulary("emb", ["cat", "dog", "cat"], [])
     with pytest.raises(ValueError, match="3 is in the new vocabulary of 'emb' twice"):
         Vocabulary("emb", [], [3, 3])
+    with pytest.raises(TypeError, match="in the order of the rows, which a set does not have"):
+        Vocabulary("emb", set(OLD), OLD)
 
 
 def test_damage_in_what_a_leaf_is_made_of_is_found(path):
@@ -558,7 +611,7 @@ def test_a_warm_start_as_that_of_tensorflow(path):
     restored, report = jaxckpt.restore(
         path,
         like,
-        select=["linear/*", "input/words"],  # vars_to_warm_start
+        select=re.compile("linear/.*|input/words").fullmatch,  # vars_to_warm_start
         rename={
             "input/words": Vocabulary("input/sentence", OLD, NEW)
         },  # var_name_to_vocab_info, ..._prev_var_name
@@ -579,6 +632,7 @@ def test_a_warm_start_as_that_of_tensorflow(path):
         {"select": "liner/*"},
         {"rename": {"input/word": "x"}},
         {"rename": {"input/word": Vocabulary("x", OLD, NEW)}},
+        {"rename": {"input/words": Vocabulary("input/sentense", OLD, NEW)}},
     ):
         with pytest.raises(MismatchError):
             jaxckpt.restore(path, like, missing="keep", unexpected="ignore", **keywords)

@@ -259,20 +259,38 @@ def test_two_managers_with_prefixes_of_their_own_share_a_directory(path: pathlib
 
 
 def test_times_of_commits_come_from_the_manifests_and_not_from_the_files(path: pathlib.Path) -> None:
-    """A copy that does not keep the times of files changes nothing in what stays."""
-    wall_s = Clock(1_700_000_000.25)
+    """A copy that does not keep the times of files changes nothing in what stays; whole seconds keep 0, 1 and 3."""
+    wall_s = Clock(1_700_000_000.75)
     with CheckpointManager(path, max_to_keep=None, wall_s=wall_s) as manager:
         for step in range(5):
             manager.save(step, tree_of(step))
             manager.wait()
             wall_s.now_s += 0.5
     rules: dict[str, Any] = {"max_to_keep": 1, "keep_interval_s": 1.0, "wall_s": wall_s}
+    assert [manager.open(step).created_s - 1_700_000_000 for step in range(3)] == [0.75, 1.25, 1.75]
     before = CheckpointManager(path, **rules).explain()
     assert [verdict.step for verdict in before if verdict.is_kept] == [0, 2, 4]
     (path / "checkpoint.json").unlink()
     for file in path.rglob("*"):
         os.utime(file, (0, 0))
     assert CheckpointManager(path, **rules).explain() == before
+
+
+# --- the files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack_bytes_max", [0, 4 << 20])
+def test_values_lie_at_multiples_of_64_bytes(path: pathlib.Path, pack_bytes_max: int) -> None:
+    """TensorFlow puts one tensor right behind the other, so that a mapped file is not aligned."""
+    tree = [np.full(size, size % 251, np.uint8) for size in (1, 63, 64, 65, 1000)]
+    jaxckpt.save(path, tree, options=jaxckpt.SaveOptions(pack_bytes_max=pack_bytes_max))
+    checkpoint = jaxckpt.open(path)
+    for leaf, array in enumerate(tree):
+        (chunk,) = range(*checkpoint.manifest.chunk_starts[leaf : leaf + 2])
+        place = checkpoint.index.place(leaf, chunk)
+        offset = int(place.table.offset[place.row])
+        assert offset % 64 == 0
+        assert (path / place.object).read_bytes()[offset:].startswith(array.tobytes())
 
 
 # --- readers --------------------------------------------------------------------------------------------------
@@ -284,6 +302,7 @@ def test_an_open_checkpoint_tells_what_the_reader_of_tensorflow_told(path: pathl
     assert checkpoint.shapes() == {"a/w": (3, 2), "n": (4,)}
     assert checkpoint.dtypes() == {"a/w": np.float32, "n": np.int64}
     assert "a/w" in checkpoint
+    assert list(checkpoint) == ["a/w", "n"]
     assert "a/w:0" not in checkpoint
     assert checkpoint["a/w"][...].tolist() == [[0, 1], [2, 3], [4, 5]]
     assert checkpoint["a/w"][1:].tolist() == [[2, 3], [4, 5]]

@@ -43,7 +43,7 @@ def mesh_of(axis_type: AxisType, devices: int = 4) -> Mesh:
     return Mesh(np.array(jax.devices()[:devices]), ("x",), axis_types=(axis_type,))
 
 
-def make_state(mesh: Mesh, rows: int = 256) -> dict[str, jax.Array]:
+def make_state(mesh: Mesh, rows: int = 192) -> dict[str, jax.Array]:
     """Zeros of several dtypes: cut by rows, by columns, replicated."""
     specs = [PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec()]
     return {

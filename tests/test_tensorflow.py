@@ -10,6 +10,7 @@ import base64
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
 import struct
@@ -269,7 +270,10 @@ def test_ranges_are_cut_into_boxes_that_are_runs():
         "saved_model",
         "saved_model/variables",
         "saved_model/variables/variables",
+        "saved_model/saved_model.pb",
         "v2_dtypes",
+        "v1_saver/model.ckpt-1000.meta",
+        "v1_sharded/model.ckpt-3.meta",
     ],
 )
 def test_every_way_to_name_a_checkpoint(path):
@@ -278,6 +282,17 @@ def test_every_way_to_name_a_checkpoint(path):
     with tensorflow.open(str(FIXTURES / path)) as checkpoint:
         for name, _, want in expected_values(folder):
             assert_equal(checkpoint[name][...], want, name)
+
+
+def test_an_old_checkpoint_without_a_state_file_is_found_in_its_directory(tmp_path):
+    for file in (FIXTURES / "v1_sharded").glob("model.ckpt-3-*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "notes.txt").write_text("no table")
+    with tensorflow.open(tmp_path) as checkpoint:
+        assert checkpoint.path == str(tmp_path / "model.ckpt-3-?????-of-00002")
+    shutil.copy(tmp_path / "model.ckpt-3-00000-of-00002", tmp_path / "other")
+    with pytest.raises(jaxckpt.NotFoundError, match="give the path of one: model.ckpt-3, other"):
+        tensorflow.open(tmp_path)
 
 
 def test_what_is_no_checkpoint_is_not_found(tmp_path):
@@ -302,6 +317,15 @@ def test_missing_files_are_named(tmp_path):
     for name in ("x", "x.data-00000-of-00001"):
         with pytest.raises(jaxckpt.CorruptError, match=r"x\.index: is missing"):
             tensorflow.open(tmp_path / name)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    tensorflow.write(tmp_path / "x", {"w": np.zeros(3)})
+    data = tmp_path / "x.data-00000-of-00001"
+    data.unlink()
+    os.mkfifo(data)
+    with tensorflow.open(tmp_path / "x") as checkpoint, pytest.raises(jaxckpt.CorruptError, match="regular"):
+        checkpoint["w"][...]
 
 
 def test_several_checkpoints_without_a_state_file_are_listed(tmp_path):

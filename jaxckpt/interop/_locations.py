@@ -4,7 +4,7 @@ A checkpoint has no file of its name: V2 has ``PREFIX.index`` and its data files
 ``PREFIX-00000-of-00002``. All of these stand for a checkpoint here, and so do
 
 * a directory with a state file, ``checkpoint``, which names the latest checkpoint; or the state file itself,
-* the directory of a SavedModel, whose variables are ``variables/variables``,
+* the directory of a SavedModel, whose variables are ``variables/variables``, or its ``saved_model.pb``,
 * a directory with one checkpoint and no more,
 * ``PREFIX-?????-of-00002``, as state files name V1 checkpoints of several files.
 
@@ -30,6 +30,7 @@ from ._savedslices import first_record
 from ._sstable import SourceFile, Table, corrupt
 
 _STATE_NAME = "checkpoint"
+_MODEL_NAME = "saved_model.pb"
 _STATE_BYTES_MAX = 16 << 20
 # A line of the state file: a name, and a string with escapes as in C.
 _STATE_LINE = re.compile(
@@ -67,10 +68,10 @@ def locate(path: str | os.PathLike[str]) -> Location:
     text = os.fspath(path)
     found = _locate_directory(text) if os.path.isdir(text) else _locate_file(text)
     if found is None:
-        raise NotFoundError(
-            f"there is no TensorFlow checkpoint at {text!r}\n"
-            "give its prefix, one of its files, or a directory with a state file named 'checkpoint'"
-        )
+        advice = "give its prefix, one of its files, or a directory with a state file named 'checkpoint'"
+        if "://" in text:
+            advice = "only local files are read: copy it first"
+        raise NotFoundError(f"there is no TensorFlow checkpoint at {text!r}\n{advice}")
     return found
 
 
@@ -82,8 +83,12 @@ def _locate_file(path: str) -> Location | None:
             return Location(prefix)
     if os.path.isfile(path) and os.path.basename(path) == _STATE_NAME and not _is_table(path):
         return _locate_latest(path)
+    if os.path.isfile(path) and os.path.basename(path) == _MODEL_NAME:
+        return _locate_directory(os.path.dirname(path))
     if data_file is not None:
         return _without_index(data_file[1])
+    if path.endswith(".meta") and not _is_table(path):
+        return _locate_file(path.removesuffix(".meta"))
     numbered = _NUMBERED_FILE.fullmatch(path)
     if numbered is not None:
         return _locate_numbered(numbered[1], int(numbered[3]))
@@ -125,12 +130,23 @@ def _locate_directory(path: str) -> Location | None:
     if os.path.isfile(state):
         return _locate_latest(state)
     indices = sorted(glob.glob(os.path.join(glob.escape(path), "*.index")))
-    if len(indices) > 1:
-        names = ", ".join(printable(os.path.basename(name)) for name in indices[:10])
+    found = indices or _old_checkpoints(path)
+    if len(found) > 1:
+        names = ", ".join(printable(os.path.basename(name)) for name in found[:10])
         raise NotFoundError(
             f"{path!r} has several checkpoints and no state file\ngive the path of one: {names}"
         )
-    return Location(indices[0].removesuffix(".index")) if indices else None
+    return _locate_file(found[0]) if found else None
+
+
+def _old_checkpoints(directory: str) -> list[str]:
+    """The V1 checkpoints in a directory; a file of one is told by what is in it."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(directory), "*")))
+    tables = [path for path in paths if os.path.isfile(path) and _is_table(path)]
+    numbered = [_NUMBERED_FILE.fullmatch(path) for path in tables]
+    return list(
+        dict.fromkeys(match[1] if match else path for path, match in zip(tables, numbered, strict=True))
+    )
 
 
 def _locate_latest(state: str) -> Location:

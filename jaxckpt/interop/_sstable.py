@@ -26,6 +26,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import os
+import stat
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -72,12 +73,16 @@ class SourceFile:
         self.path = path
         self._count = count
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size = os.fstat(self._descriptor).st_size
+            # Without O_NONBLOCK, opening a pipe would wait for somebody who writes into it.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            found = os.fstat(self._descriptor)
         except FileNotFoundError as error:
             raise NotFoundError(f"there is no file {path!r}") from error
         except OSError as error:
             raise CheckpointError(f"cannot read {path!r}: {error.strerror or error}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise corrupt(path, "unreadable", "is no regular file")
+        self.size = found.st_size
 
     def read(self, offset: int, length: int) -> memoryview:
         """Bytes from an offset on.
