@@ -200,18 +200,19 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
     except NotFoundError as error:
         not_found = error
     damage: CheckpointError | None = None
+    reasons: list[str] = []
     for name in FOREIGN_FORMATS:
         try:
             checkpoint: ForeignCheckpoint = _verbs_of(name).open(path)
             return name, checkpoint
-        except NotFoundError:
-            continue
+        except NotFoundError as error:
+            reasons.append(str(error))
         except CheckpointError as error:  # unless another format takes it for its own
             damage = damage or error
     if damage is not None:
         raise damage
     raise NotFoundError(
-        f"no checkpoint of a known format ({', '.join(FORMATS)}) at {path!r}\ncheck the path"
+        "\n".join([f"no checkpoint of a known format ({', '.join(FORMATS)}) at {path!r}", *reasons])
     ) from not_found
 
 

@@ -16,6 +16,9 @@ os.environ["XLA_FLAGS"] = " ".join([_given, *(flag for flag in _FLAGS if flag.sp
 
 import pytest  # noqa: E402  jax must not be imported before the flag is set
 
+# A program of its own, which needs TensorFlow.
+collect_ignore = ["tensorflow/generate.py"]
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:

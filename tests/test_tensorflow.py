@@ -447,6 +447,12 @@ def test_graphs_with_circles_and_much_that_is_shared_stay_small():
     assert len(found) == len(set(found)) == 16
 
 
+def test_names_of_objects_need_not_be_utf_8():
+    key = b"\xff/.ATTRIBUTES/VARIABLE_VALUE"
+    nodes = [encode_node([(b"a", 1), (b"\xff", 1)]), encode_node(attributes=[(b"VARIABLE_VALUE", b"", key)])]
+    assert parse_names(memoryview(b"".join(nodes)))[key] == ["\udcff", "a"]
+
+
 def test_slots_of_variables_that_nothing_leads_to_have_no_path():
     nodes = [
         encode_node([(b"opt", 1)]),

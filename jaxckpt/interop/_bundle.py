@@ -261,7 +261,7 @@ class Bundle(TensorSource):
         return corrupt(path, "checksum", message, text)
 
     def _read_box(self, record: _Record, lo: tuple[int, ...], hi: tuple[int, ...]) -> Array:
-        """A box of a record, not verified; reads little more than its bytes, in as few reads as pay."""
+        """A box of a record, not verified; reads its bytes, and gaps between them where that saves time."""
         dtype = _dtype_of(record)
         box = np.empty(tuple(stop - start for start, stop in zip(lo, hi, strict=True)), dtype)
         if box.size == 0:

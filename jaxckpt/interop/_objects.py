@@ -143,7 +143,7 @@ def _rank(path: _Reached, key: bytes) -> tuple[bool, bool, bool, int, str]:
     """What makes a path a good name; the smallest is the best."""
     escaped = "/".join(part.replace(".", "..").replace("/", ".S") for part in path.parts)
     has_flat_list = not _FLAT_LISTS.isdisjoint(path.parts)
-    is_other = not key.startswith(f"{escaped}/{_ATTRIBUTES}/".encode())
+    is_other = not key.startswith(f"{escaped}/{_ATTRIBUTES}/".encode("utf-8", "surrogateescape"))
     return path.is_optimizers, has_flat_list, is_other, len(path.parts), escaped
 
 

@@ -98,8 +98,9 @@ class TensorFlowCheckpoint(ForeignCheckpoint):
         """A box of a tensor, C-contiguous; of strings an array of bytes. May be called from several threads.
 
         All of a tensor is verified, and so is each slice of a partitioned one that the box takes whole. Of the others
-        the box alone is read, and verified only if the checkpoint was opened with ``verify_slices=True``. V1
-        checkpoints are always verified, and read whole slices.
+        the box alone is read, with gaps of up to some 32 KiB where that takes less time than a read for each run of
+        bytes; it is verified only if the checkpoint was opened with ``verify_slices=True``. V1 checkpoints are always
+        verified, and read whole slices.
 
         Args:
           key: Name or alias.
