@@ -95,7 +95,9 @@ def load(directory: str) -> None:
 
 def main() -> None:
     """Does what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", choices=("save", "load"))
     parser.add_argument("directory", nargs="?")
     arguments = parser.parse_args()

@@ -521,7 +521,7 @@ def restore_foreign(
       MismatchError: The arrays and ``like`` differ; `.problems` lists every difference.
 
     Collective: no; each process of a group reads what its own devices need.
-    Host memory: on CPU the arrays themselves; on accelerators at most ``host_bytes_max``, or the largest array.
+    Host memory: at most ``host_bytes_max``, or the largest array; on CPU the arrays themselves, too.
     """
     began_s = time.perf_counter()
     options = options or RestoreOptions()

@@ -291,7 +291,7 @@ def test_an_old_checkpoint_without_a_state_file_is_found_in_its_directory(tmp_pa
     with tensorflow.open(tmp_path) as checkpoint:
         assert checkpoint.path == str(tmp_path / "model.ckpt-3-?????-of-00002")
     shutil.copy(tmp_path / "model.ckpt-3-00000-of-00002", tmp_path / "other")
-    with pytest.raises(jaxckpt.NotFoundError, match="give the path of one: model.ckpt-3, other"):
+    with pytest.raises(jaxckpt.NotFoundError, match=r"give the path of one: model\.ckpt-3, other"):
         tensorflow.open(tmp_path)
 
 

@@ -245,7 +245,7 @@ def read(
       UnsupportedLeafError: A tensor that is wanted is no array.
 
     Collective: no; each process of a group reads for its own devices.
-    Host memory: on CPU the arrays themselves; on accelerators at most ``host_bytes_max``, or the largest array.
+    Host memory: at most ``host_bytes_max``, or the largest array; on CPU the arrays themselves, too.
 
     Example:
       >>> from jaxckpt.interop import tensorflow
