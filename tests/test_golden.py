@@ -47,7 +47,7 @@ def test_restores_like_the_tree_that_was_saved(name: str) -> None:
     assert_same_tree(restored, tree)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"containers"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"containers", "with-programs"}))
 def test_restores_without_like(name: str) -> None:
     tree = expected(name)
     restored = jaxckpt.restore(generate.ROOT / name)
@@ -135,6 +135,26 @@ def test_each_of_many_processes_has_its_part_its_items_and_its_own_values() -> N
     assert sum(owned) == checkpoint.manifest.chunk_starts[-1]
 
 
+def test_programs_run_or_are_refused_as_too_old_for_this_jax() -> None:
+    checkpoint = jaxckpt.open(generate.ROOT / "with-programs")
+    assert checkpoint.programs == ("predict", "train_step")
+    assert dict(checkpoint.manifest.programs["train_step"].outputs) == {"0": "tree", "1": "float32[]"}
+    x = np.ones((2, 3), np.float32)
+    try:
+        predict = checkpoint.program("predict", trust=True)
+        train_step = checkpoint.program("train_step", trust=True, bind=False)
+    except (
+        jaxckpt.FormatError
+    ) as error:  # JAX reads its programs for six months; the values have no such limit
+        assert checkpoint.manifest.programs["predict"].jax in str(error)
+        return
+    np.testing.assert_array_equal(predict(x), np.array([[7, 10], [7, 10]], np.float32))
+    np.testing.assert_array_equal(predict.fetch("product", x), np.array([[6, 9], [6, 9]], np.float32))
+    tree, loss = train_step(expected("with-programs"), x)
+    assert type(tree["moments"]) is generate.Point
+    assert (int(tree["moments"].y), float(loss), tree["name"]) == (1, 34.0, "linear")
+
+
 def test_the_goldens_hold_all_three_ways_to_store_a_chunk() -> None:
     packs, own = set(), set()
     for name in NAMES:
@@ -160,7 +180,14 @@ def test_writing_them_again_gives_the_same_manifests_but_for_names_and_times(tmp
         assert new.chunks.offset.tolist() == old.chunks.offset.tolist()
         assert new.chunks.length.tolist() == old.chunks.length.tolist()
         assert new.chunks.checksums == old.chunks.checksums
-        assert [entry.checksum for entry in new.objects] == [entry.checksum for entry in old.objects]
+        # What jax.export writes differs from version to version.
+        of_programs = [{entry.name for entry in each.programs.values()} for each in (new, old)]
+        checksums = [
+            [entry.checksum for entry in each.objects if entry.name not in names]
+            for each, names in zip((new, old), of_programs, strict=True)
+        ]
+        assert checksums[0] == checksums[1]
+        assert list(new.programs) == list(old.programs)
         assert [entry.checksum for entry in new.parts] == [entry.checksum for entry in old.parts]
         assert list(map(bytes, new.owners)) == list(map(bytes, old.owners))
         assert new.owner_index.tolist() == old.owner_index.tolist()

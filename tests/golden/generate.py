@@ -21,9 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxckpt
@@ -225,6 +227,37 @@ def make_spanning() -> Any:
     }
 
 
+def make_with_programs() -> Any:
+    """A small state, with whole numbers in it, so that sums come out the same everywhere."""
+    return {
+        "params": {"w": jnp.arange(6, dtype=jnp.float32).reshape(3, 2)},
+        "moments": Point(jnp.zeros((3, 2)), jnp.int32(0)),
+        "name": "linear",
+        "key": jax.random.key(5),
+    }
+
+
+def predict(tree: Any, x: jax.Array) -> jax.Array:
+    """A prediction with a value inside that has a name."""
+    return checkpoint_name(x @ tree["params"]["w"], "product") + 1
+
+
+def train_step(tree: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+    """Gives back a tree with the classes of this module."""
+    moments = Point(tree["moments"].x + 1, tree["moments"].y + 1)
+    return {**tree, "moments": moments}, predict(tree, x).sum()
+
+
+def make_programs() -> dict[str, jaxckpt.Program]:
+    """The programs of `make_with_programs`."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 3), jnp.float32)
+    return {
+        "predict": jaxckpt.Program(predict, (x,), vjp_order=1),
+        "train_step": jaxckpt.Program(train_step, (x,)),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Golden:
     """One checkpoint: what makes its tree, how it was cut, and how many processes wrote it.
@@ -236,6 +269,7 @@ class Golden:
     options: jaxckpt.SaveOptions
     metadata: Any = None
     processes: int = 1
+    make_programs: Callable[[], dict[str, jaxckpt.Program]] = dict
 
 
 IN_PACKS = jaxckpt.SaveOptions()
@@ -254,6 +288,7 @@ TREES = {
     "four-processes": Golden(
         make_spanning, jaxckpt.SaveOptions(pack_bytes_max=33, chunk_bytes_max=64), processes=4
     ),
+    "with-programs": Golden(make_with_programs, IN_PACKS, make_programs=make_programs),
 }
 
 
@@ -261,7 +296,13 @@ def write(name: str, root: pathlib.Path) -> None:
     """Writes one of the checkpoints below a directory."""
     golden = TREES[name]
     if golden.processes == 1:
-        jaxckpt.save(root / name, golden.make(), options=golden.options, metadata=golden.metadata)
+        jaxckpt.save(
+            root / name,
+            golden.make(),
+            programs=golden.make_programs(),
+            options=golden.options,
+            metadata=golden.metadata,
+        )
         return
     outcomes = run_processes(
         write_together,
