@@ -146,7 +146,7 @@ def test_programs_run_or_are_refused_as_too_old_for_this_jax() -> None:
     except (
         jaxckpt.FormatError
     ) as error:  # JAX reads its programs for six months; the values have no such limit
-        assert checkpoint.manifest.programs["predict"].jax in str(error)
+        assert checkpoint.manifest.programs["predict"].jax in str(error)  # noqa: PT017  or it opens
         return
     np.testing.assert_array_equal(predict(x), np.array([[7, 10], [7, 10]], np.float32))
     np.testing.assert_array_equal(predict.fetch("product", x), np.array([[6, 9], [6, 9]], np.float32))
