@@ -21,6 +21,7 @@ Deliberately not here: opening and running programs (`_calling`), and where thei
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -30,7 +31,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, final
 
 import jax
@@ -52,6 +53,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 # The manifest shows so many inputs, outputs and intermediate values of a program; its object has all of them.
 _LINES_MAX = 64
+
+_LOCATIONS_OPTION = "jax_traceback_in_locations_limit"
 
 # Constants of this size are mostly weights that should have come from the tree.
 _CONSTANT_BYTES_LOGGED = 1 << 20
@@ -361,7 +364,8 @@ def export_program(name: str, program: Program, tree: FlatTree) -> ExportedProgr
     require_flatbuffers()
     try:
         forms = tuple(map(form_of, tree.leaves))
-        signature, exported, blob = _export_for_any_devices(name, program, tree, forms)
+        with _without_source_locations():
+            signature, exported, blob = _export_for_any_devices(name, program, tree, forms)
     except Exception as error:
         error.add_note(f"when the program {name!r} was exported; nothing was written")
         raise
@@ -397,6 +401,28 @@ def require_flatbuffers() -> None:
             "programs need the package flatbuffers, which jax.export writes and reads them with\n"
             "pip install 'jaxckpt[programs]'"
         ) from error
+
+
+_locations_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _without_source_locations() -> Generator[None]:
+    """JAX writes the Python stack of each operation into what it lowers: paths of this machine, and line numbers.
+
+    Without them equal functions have equal bytes, wherever they lie. The option holds for all threads; what others
+    lower meanwhile lacks its stacks, too.
+    """
+    with _locations_lock:
+        limit: int | None = getattr(jax.config, _LOCATIONS_OPTION, None)
+        if limit is None:  # another JAX; the paths do no harm
+            yield
+            return
+        jax.config.update(_LOCATIONS_OPTION, 0)
+        try:
+            yield
+        finally:
+            jax.config.update(_LOCATIONS_OPTION, limit)
 
 
 def _export_for_any_devices(

@@ -985,6 +985,27 @@ def write_payload(path: pathlib.Path, fields: dict[str, Any]) -> None:
 HERE: dict[str, Any] = {"jax_version": "0.10.2", "platforms": {"cpu"}, "device_count": 8}
 
 
+def test_no_path_of_the_machine_is_in_a_program(tmp_path: pathlib.Path) -> None:
+    """So that the same function has the same bytes wherever its source lies, and is stored once over restarts."""
+    source = "def predict(tree, x):\n    return checkpoint_name(jnp.tanh(x @ tree['w']), 'hidden') * 2\n"
+    limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
+    programs = {}
+    for name, text in (("first", source), ("second", f"\n\n{source}")):
+        file = tmp_path / f"{name}.py"
+        file.write_text(text)
+        namespace: dict[str, Any] = {"checkpoint_name": checkpoint_name, "jnp": jnp}
+        exec(compile(text, str(file), "exec"), namespace)
+        programs[name] = program(namespace["predict"], struct(2, 3), vjp_order=1)
+    jaxckpt.save(tmp_path / "a", {"w": jnp.ones((3, 4))}, programs=programs)
+    checkpoint = jaxckpt.open(tmp_path / "a")
+    data = checkpoint.read_program("first")
+    assert b".py" not in data
+    assert str(tmp_path).encode() not in data
+    assert checkpoint.read_program("second") == data
+    assert len({entry.name for entry in checkpoint.manifest.programs.values()}) == 1
+    assert jax.config.jax_traceback_in_locations_limit == limit  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("changes", "here", "error", "message"),
     [
