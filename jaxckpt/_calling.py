@@ -113,15 +113,11 @@ def open_program(name: str, entry: ProgramEntry, data: bytes, source: str) -> St
       FormatError: They are no program, or one that this version of JAX cannot open.
     """
     require_flatbuffers()
-    signature, blob = decode_program(data, source)
+    signature, blobs = decode_program(data, source)
+    functions: dict[str, jax.export.Exported] = {}
     try:
-        exported = jax.export.deserialize(bytearray(blob))
-        (own, others), keywords = jax.tree_util.tree_unflatten(exported.in_tree, exported.in_avals)
-        outputs, named = jax.tree_util.tree_unflatten(exported.out_tree, exported.out_avals)
-        if keywords or not _has_signature(signature, own, others, outputs, named):
-            raise ValueError("its function is not what its signature says")
-        if "@main" not in exported.mlir_module():  # what JAX cannot read is found out here
-            raise ValueError("its function has no body")
+        for platform, blob in blobs.items():
+            functions[platform] = _open_function(signature, platform, blob)
     except Exception as error:  # jax.export raises almost anything
         message = f"{type(error).__name__}: {str(error)[:200]}"
         problem = Problem(None, "object", message)
@@ -130,7 +126,20 @@ def open_program(name: str, entry: ProgramEntry, data: bytes, source: str) -> St
             f"{jax.__version__}\n  {problem}\ninstall jax {entry.jax}, or export it again; {_RESTORE}",
             [problem],
         ) from error
-    return StoredProgram(name, entry, signature, exported)
+    return StoredProgram(name, entry, signature, functions)
+
+
+def _open_function(signature: Signature, platform: str, blob: bytes) -> jax.export.Exported:
+    exported = jax.export.deserialize(bytearray(blob))
+    (own, others), keywords = jax.tree_util.tree_unflatten(exported.in_tree, exported.in_avals)
+    outputs, named = jax.tree_util.tree_unflatten(exported.out_tree, exported.out_avals)
+    if keywords or not _has_signature(signature, own, others, outputs, named):
+        raise ValueError("its function is not what its signature says")
+    if platform not in exported.platforms:
+        raise ValueError("its function is for another platform")
+    if "@main" not in exported.mlir_module():  # what JAX cannot read is found out here
+        raise ValueError("its function has no body")
+    return exported
 
 
 def _has_signature(signature: Signature, own: Any, others: Any, outputs: Any, named: Any) -> bool:
@@ -186,7 +195,7 @@ class StoredProgram:
         name: str,
         entry: ProgramEntry,
         signature: Signature,
-        exported: jax.export.Exported,
+        functions: Mapping[str, jax.export.Exported],
         *,
         bound: FlatTree | None = None,
         is_donating: bool = False,
@@ -194,7 +203,7 @@ class StoredProgram:
         self._name = name
         self._entry = entry
         self._signature = signature
-        self._exported = exported
+        self._exported = dict(functions)
         self._bound = bound
         self._is_donating = is_donating
         self._functions: dict[tuple[str, ...] | None, Callable[..., Any]] = {}
@@ -251,9 +260,9 @@ class StoredProgram:
         return self._entry.vjp_order
 
     @property
-    def exported(self) -> jax.export.Exported:
-        """The function as `jax.export` has it, for tools: ``call(arrays of tree, arrays of inputs)``, by key."""
-        return self._exported
+    def exported(self) -> dict[str, jax.export.Exported]:
+        """By platform, the functions as `jax.export` has them: ``call(arrays of tree, arrays of inputs)``, by key."""
+        return dict(self._exported)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{name}: {form}" for name, form in self.inputs.items())
@@ -332,11 +341,12 @@ class StoredProgram:
     def inputs_from(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """What to call it with, from arrays for its `inputs`, by name.
 
-        An array of raw elements (``numpy.void``) is taken for the dtype of the input, if that has the same size.
+        An array of raw elements (``numpy.void``) is taken for the dtype of the input, if that has the same size, and
+        for a PRNG key its data is taken.
         """
         form = self._signature.inputs
         leaves = [
-            _without_void(leaf, values[self._input_name(key)])
+            _from_file(leaf, values[self._input_name(key)])
             for key, leaf in zip(form.keys, form.leaves, strict=True)
         ]
         return rebuild(form.nodes, leaves)
@@ -349,7 +359,8 @@ class StoredProgram:
         """The compiled function for all outputs, or for some values; XLA leaves out what they do not need."""
         function = self._functions.get(names)
         if function is None:
-            call = self._exported.call if self._exported.has_vjp() else self._call_without_vjp()
+            has_vjp = all(each.has_vjp() for each in self._exported.values())
+            call = self._call if has_vjp else self._call_without_vjp()
 
             def compute(arrays: dict[str, Any], inputs: dict[str, Any]) -> Any:
                 outputs, intermediates = call(arrays, inputs)
@@ -362,8 +373,13 @@ class StoredProgram:
             function = self._functions[names] = jax.jit(compute, donate_argnums=donated)
         return function
 
+    def _call(self, arrays: dict[str, Any], inputs: dict[str, Any]) -> Any:
+        """The function for the platform that the call is compiled for; JAX leaves the others out."""
+        calls = {platform: exported.call for platform, exported in self._exported.items()}
+        return jax.lax.platform_dependent(arrays, inputs, **calls)
+
     def _call_without_vjp(self) -> Callable[..., Any]:
-        call = self._exported.call
+        call = self._call
 
         def refuse(*_: Any) -> Any:
             raise ValueError(
@@ -481,7 +497,9 @@ def _result(form: LeafForm, array: Any) -> Any:
     return with_weak_type(array) if form.weak_type else wrap(form, array)
 
 
-def _without_void(form: LeafForm, value: Any) -> Any:
+def _from_file(form: LeafForm, value: Any) -> Any:
+    if form.impl is not None:
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=form.impl)
     is_raw = isinstance(value, np.ndarray) and value.dtype.type is np.void and value.dtype.names is None
     dtype = np.dtype(form.dtype)
     return value.view(dtype) if is_raw and value.dtype.itemsize == dtype.itemsize else value

@@ -9,8 +9,10 @@ the values, so that a process without the code of the model can run it. The step
 2. Leaves that the function does not use are left out of its arguments: a prediction needs no optimizer state.
 3. Values marked by `jax.ad_checkpoint.checkpoint_name` become outputs of their own (`_intermediates`). XLA drops from
    each call what was not asked for.
-4. The result is lowered for several platforms and serialized, behind a `Signature`: the structure and the keys of the
-   tree, the inputs and the outputs, as plain data.
+4. The result is lowered for each platform by itself and serialized, behind a `Signature`: the structure and the keys
+   of the tree, the inputs and the outputs, as plain data. One function for several platforms would be smaller, but
+   `jax.export` puts each matrix product of such a function into a condition, which the compiler optimizes otherwise:
+   losses would differ in the last bits from those of the original function.
 
 Leaves of the tree are arguments, never constants of the program, so that the same program runs on the values of any
 step. What is no array (strings, bytes) is a part of the program. Arrays that the function brings along from elsewhere
@@ -31,7 +33,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import jax
@@ -86,6 +88,7 @@ class Program:
           inputs: One `jax.ShapeDtypeStruct`, array, or pytree of them for each further argument; only shapes and
             dtypes are used. A dimension may be symbolic (`jax.export.symbolic_shape`), a batch size say.
           platforms: What it can run on, in the words of `jax.export`: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``.
+            Each has a function of its own in the stored program.
           vjp_order: How many times it can be differentiated in reverse mode later; 0: not at all.
           disabled_checks: `jax.export.DisabledSafetyCheck` s for what JAX does not export by default.
 
@@ -161,9 +164,27 @@ def _wrapped(name: str, given: jax.export.Exported) -> Program:
             f"programs[{name!r}] was exported with keyword arguments, or without any; export a function that takes the "
             "tree first"
         )
-    return Program(
-        given.call, arguments[1:], platforms=given.platforms, vjp_order=1 if given.has_vjp() else 0
-    )
+    vjp_order = 1 if given.has_vjp() else 0
+    return Program(_call_of(given), arguments[1:], platforms=given.platforms, vjp_order=vjp_order)
+
+
+def _call_of(given: jax.export.Exported) -> Callable[..., Any]:
+    """A function that can be exported again anywhere: JAX must see as many devices there as the first time."""
+    devices = jax.devices()[: given.nr_devices]
+    if (
+        given.nr_devices == 1 or len(devices) < given.nr_devices
+    ):  # too few of them is an error of `jax.export`
+        return given.call
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
+
+    def with_devices(array: Any) -> Any:
+        free = jax.sharding.PartitionSpec(*[jax.sharding.PartitionSpec.UNCONSTRAINED] * array.ndim)
+        return jax.lax.with_sharding_constraint(array, jax.sharding.NamedSharding(mesh, free))
+
+    def call(*arguments: Any) -> Any:
+        return given.call(*jax.tree_util.tree_map(with_devices, arguments))
+
+    return call
 
 
 # --- what is said of a program --------------------------------------------------------------------------------
@@ -249,8 +270,8 @@ class ExportedProgram:
     entry: ProgramEntry
 
 
-def encode_program(signature: Signature, blob: bytes) -> bytes:
-    """The bytes of a program's object."""
+def encode_program(signature: Signature, functions: Mapping[str, bytes]) -> bytes:
+    """The bytes of a program's object, from the serialized function of each platform."""
     record = {
         "tree": _encode_tree(signature.tree),
         "inputs": _encode_tree(signature.inputs),
@@ -258,19 +279,21 @@ def encode_program(signature: Signature, blob: bytes) -> bytes:
         "outputs": _encode_tree(signature.outputs),
         "intermediates": [[name, _encode_leaf(leaf)] for name, leaf in signature.intermediates.items()],
     }
-    return bytes(msgpack.packb([_MAGIC, record, blob], unicode_errors="surrogatepass") or b"")
+    return bytes(msgpack.packb([_MAGIC, record, dict(functions)], unicode_errors="surrogatepass") or b"")
 
 
-def decode_program(data: bytes, source: str) -> tuple[Signature, bytes]:
-    """Signature and serialized function of a program's object.
+def decode_program(data: bytes, source: str) -> tuple[Signature, dict[str, bytes]]:
+    """Signature and serialized functions of a program's object, by platform.
 
     Raises:
       FormatError: The bytes are no such object.
     """
     try:
-        magic, record, blob = unpack(data)
-        if magic != _MAGIC or not isinstance(blob, bytes):
+        magic, record, functions = unpack(data)
+        if magic != _MAGIC or not functions:
             raise ValueError("it is no program of jaxckpt")
+        if not _are_texts(list(functions)) or not all(isinstance(blob, bytes) for blob in functions.values()):
+            raise ValueError("its functions have no platforms")
         names = record["input_names"]
         inputs = _decode_tree(record["inputs"])
         if not _are_texts(names) or inputs.nodes[0] != ["tuple", len(names)]:
@@ -279,7 +302,7 @@ def decode_program(data: bytes, source: str) -> tuple[Signature, bytes]:
         if not _are_texts(list(intermediates)):
             raise ValueError("its intermediate values have no names")
         tree, outputs = _decode_tree(record["tree"]), _decode_tree(record["outputs"])
-        return Signature(tree, inputs, tuple(names), outputs, intermediates), blob
+        return Signature(tree, inputs, tuple(names), outputs, intermediates), functions
     except Exception as error:  # hostile bytes can make Python raise almost anything; all of it means this
         problem = Problem(None, "object", f"{type(error).__name__}: {str(error)[:200]}")
         raise FormatError(
@@ -365,11 +388,11 @@ def export_program(name: str, program: Program, tree: FlatTree) -> ExportedProgr
     try:
         forms = tuple(map(form_of, tree.leaves))
         with _without_source_locations():
-            signature, exported, blob = _export_for_any_devices(name, program, tree, forms)
+            signature, exported, functions = _export_for_any_devices(name, program, tree, forms)
     except Exception as error:
         error.add_note(f"when the program {name!r} was exported; nothing was written")
         raise
-    data = encode_program(signature, blob)
+    data = encode_program(signature, functions)
     entry = ProgramEntry(
         name="",
         length=len(data),
@@ -377,7 +400,7 @@ def export_program(name: str, program: Program, tree: FlatTree) -> ExportedProgr
         jax=jax.__version__,
         jaxlib=importlib.metadata.version("jaxlib"),
         created_s=time.time(),
-        platforms=tuple(exported.platforms),
+        platforms=tuple(functions),
         devices=exported.nr_devices,
         convention=exported.calling_convention_version,
         vjp_order=program.vjp_order,
@@ -427,7 +450,7 @@ def _without_source_locations() -> Generator[None]:
 
 def _export_for_any_devices(
     name: str, program: Program, tree: FlatTree, forms: Sequence[LeafForm]
-) -> tuple[Signature, jax.export.Exported, bytes]:
+) -> tuple[Signature, jax.export.Exported, dict[str, bytes]]:
     """Outside of the mesh of the training loop (`jax.set_mesh`), or for as many devices as that has where it must."""
     if not jax.sharding.get_abstract_mesh().empty:
         try:
@@ -441,7 +464,7 @@ def _export_for_any_devices(
 
 def _export(
     name: str, program: Program, tree: FlatTree, forms: Sequence[LeafForm]
-) -> tuple[Signature, jax.export.Exported, bytes]:
+) -> tuple[Signature, jax.export.Exported, dict[str, bytes]]:
     inputs = flatten(program.inputs)
     traced = _Traced(program, tree, forms, inputs)
     arguments = {
@@ -478,11 +501,15 @@ def _export(
         results, intermediates = evaluate(named, [*values, *(others[key] for key in inputs.keys)])
         return dict(zip(output_keys, results, strict=True)), intermediates
 
-    export = jax.export.export(
-        jax.jit(flat_function), platforms=program.platforms, disabled_checks=program.disabled_checks
-    )
-    exported = export(kept, input_structs)
-    _, named_avals = jax.tree_util.tree_unflatten(exported.out_tree, exported.out_avals)
+    jitted = jax.jit(flat_function)
+    exported = [
+        jax.export.export(jitted, platforms=(platform,), disabled_checks=program.disabled_checks)(
+            kept, input_structs
+        )
+        for platform in program.platforms
+    ]
+    functions = {each.platforms[0]: bytes(each.serialize(vjp_order=program.vjp_order)) for each in exported}
+    _, named_avals = jax.tree_util.tree_unflatten(exported[0].out_tree, exported[0].out_avals)
     used_forms = tuple(
         dataclasses.replace(form, is_used=key in kept) for key, form in zip(tree.keys, forms, strict=True)
     )
@@ -493,7 +520,7 @@ def _export(
         outputs=outputs,
         intermediates={each: form_of(named_avals[each]) for each in named.names},
     )
-    return signature, exported, bytes(exported.serialize(vjp_order=program.vjp_order))
+    return signature, exported[0], functions
 
 
 @final

@@ -333,6 +333,51 @@ def test_values_inside_are_fetched_by_name(elsewhere: Elsewhere) -> None:
 
 
 @pytest.mark.slow
+def test_losses_are_bit_for_bit_those_of_the_function_whatever_its_platforms(path: pathlib.Path) -> None:
+    """One function for several platforms, as `jax.export` makes it, has other last bits for this model."""
+
+    def step(tree: Any, x: Any, labels: Any) -> Any:
+        params, mean, square, count = tree
+
+        def loss(params: Any) -> Any:
+            hidden = x @ params["first"]
+            hidden = (hidden - hidden.mean(-1, keepdims=True)) * jax.lax.rsqrt(
+                hidden.var(-1, keepdims=True) + 1e-6
+            )
+            scores = jax.nn.log_softmax(jnp.tanh(jax.nn.gelu(hidden) @ params["second"]) @ params["third"])
+            return -jnp.take_along_axis(scores, labels[:, None], 1).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        count = count + 1
+        mean = jax.tree.map(lambda old, slope: 0.9 * old + 0.1 * slope, mean, gradient)
+        square = jax.tree.map(lambda old, slope: 0.99 * old + 0.01 * slope * slope, square, gradient)
+        params = jax.tree.map(
+            lambda leaf, m, v: (
+                leaf - 0.01 * (m / (1 - 0.9**count)) / (jnp.sqrt(v / (1 - 0.99**count)) + 1e-8)
+            ),
+            params,
+            mean,
+            square,
+        )
+        return (params, mean, square, count), value
+
+    stored = jaxckpt.Program(step, (struct(8, 64), jax.ShapeDtypeStruct((8,), jnp.int32)))
+    rng = np.random.default_rng(0)
+    original = jax.jit(step)
+    shapes = {"first": (64, 55), "second": (55, 42), "third": (42, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape) * 0.1, jnp.float32) for name, shape in shapes.items()}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    own = other = (params, zeros, zeros, jnp.float32(0))
+    jaxckpt.save(path, own, programs={"step": stored})
+    run = jaxckpt.open(path).program("step", trust=True, bind=False)
+    for _ in range(6):
+        x, labels = rng.normal(size=(8, 64)).astype(np.float32), rng.integers(0, 3, 8).astype(np.int32)
+        own, expected = original(own, x, labels)
+        other, loss = run(other, x, labels)
+        assert float(loss) == float(expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, own, other))
+
+
 def test_a_program_is_for_three_platforms(elsewhere: Elsewhere) -> None:
     checkpoint = jaxckpt.open(elsewhere.path / "optax")
     assert checkpoint.program("predict", trust=True, bind=False).platforms == ("cpu", "cuda", "tpu")
@@ -649,6 +694,21 @@ def test_exported_functions_are_taken_as_they_are(path: pathlib.Path) -> None:
     assert not (path / "wrong").exists()
 
 
+def test_a_function_exported_for_several_devices_is_taken(path: pathlib.Path) -> None:
+    mesh = make_mesh({"x": 4})
+    rows = NamedSharding(mesh, P("x"))
+    function = jax.jit(
+        lambda tree, x: x @ tree, in_shardings=(NamedSharding(mesh, P()), rows), out_shardings=rows
+    )
+    exported = jax.export.export(function)(struct(3, 2), struct(8, 3))
+    jaxckpt.save(path, jnp.ones((3, 2)), programs={"f": exported})
+    result = jaxckpt.open(path).program("f", trust=True, sharding=NamedSharding(mesh, P()))(
+        np.ones((8, 3), np.float32)
+    )
+    np.testing.assert_array_equal(result, np.full((8, 2), 3))
+    assert result.sharding.spec == P("x")
+
+
 def test_what_is_no_program_is_refused_before_anything_is_written(path: pathlib.Path) -> None:
     no_arguments = jax.export.export(jax.jit(lambda: 1.0))()
     refused: list[tuple[Any, str]] = [
@@ -857,14 +917,15 @@ def replace_program(path: pathlib.Path, data: Any, **changes: Any) -> None:
 
 def test_garbage_with_the_right_checksums_is_refused(simple: pathlib.Path) -> None:
     good = only_program(simple).read_bytes()
-    signature, blob = decode_program(good, "here")
+    signature, functions = decode_program(good, "here")
+    blob = functions["cpu"]
     exported = jax.export.deserialize(bytearray(blob)).mlir_module_serialized
     leaf = signature.tree.leaves[0]
 
     def with_leaf(**changes: Any) -> bytes:
         leaves = (dataclasses.replace(leaf, **changes),)
         return encode_program(
-            dataclasses.replace(signature, tree=dataclasses.replace(signature.tree, leaves=leaves)), blob
+            dataclasses.replace(signature, tree=dataclasses.replace(signature.tree, leaves=leaves)), functions
         )
 
     contents = [
@@ -872,15 +933,18 @@ def test_garbage_with_the_right_checksums_is_refused(simple: pathlib.Path) -> No
         b"\xc0",
         b"garbage",
         msgpack.packb({"not": "a list"}),
-        msgpack.packb(["jaxckpt-program", {}, b""]),
+        msgpack.packb(["jaxckpt-program", {}, {}]),
+        msgpack.packb([*msgpack.unpackb(good)[:2], {"cpu": "text"}]),
         msgpack.packb(["another-program", *msgpack.unpackb(good)[1:]]),
         msgpack.packb([*msgpack.unpackb(good)[:2], "text"]),
         good[:-1],
         good + b"\0",
-        encode_program(signature, b""),
-        encode_program(signature, b"\xff" * 64),
-        encode_program(signature, blob[: len(blob) // 2]),
-        encode_program(signature, blob.replace(exported, bytes(len(exported)))),
+        encode_program(signature, {}),
+        encode_program(signature, {"tpu": blob}),
+        encode_program(signature, {"cpu": b""}),
+        encode_program(signature, {"cpu": b"\xff" * 64}),
+        encode_program(signature, {"cpu": blob[: len(blob) // 2]}),
+        encode_program(signature, {"cpu": blob.replace(exported, bytes(len(exported)))}),
         with_leaf(dtype="float64"),
         with_leaf(dtype="no dtype"),
         with_leaf(shape=(4,)),
@@ -890,9 +954,9 @@ def test_garbage_with_the_right_checksums_is_refused(simple: pathlib.Path) -> No
         with_leaf(impl="rbg"),
         with_leaf(is_used=False),
         with_leaf(constant=["unknown", 1]),
-        encode_program(dataclasses.replace(signature, input_names=("x",)), blob),
-        encode_program(dataclasses.replace(signature, intermediates={"h": leaf}), blob),
-        encode_program(dataclasses.replace(signature, outputs=signature.tree), blob),
+        encode_program(dataclasses.replace(signature, input_names=("x",)), functions),
+        encode_program(dataclasses.replace(signature, intermediates={"h": leaf}), functions),
+        encode_program(dataclasses.replace(signature, outputs=signature.tree), functions),
     ]
     for content in contents:
         replace_program(simple, content)
@@ -907,8 +971,8 @@ def test_garbage_with_the_right_checksums_is_refused(simple: pathlib.Path) -> No
 def test_changed_signatures_and_functions_never_end_the_process(simple: pathlib.Path) -> None:
     """JAX's own reader of StableHLO is left out: it is native code, and made for bytes that somebody vouches for."""
     good = only_program(simple).read_bytes()
-    _, blob = decode_program(good, "here")
-    module = jax.export.deserialize(bytearray(blob)).mlir_module_serialized
+    _, functions = decode_program(good, "here")
+    module = jax.export.deserialize(bytearray(functions["cpu"])).mlir_module_serialized
     begin = good.index(module)
     outside = [*range(begin), *range(begin + len(module), len(good))]
     entry = jaxckpt.open(simple).manifest.programs["f"]
@@ -1070,8 +1134,8 @@ def test_the_format_is_enough_to_run_a_program(path: pathlib.Path) -> None:
     data = (path / entry["name"]).read_bytes()
     assert (len(data), hashlib.sha256(data).digest()) == (entry["length"], entry["sha256"])
     assert (entry["devices"], entry["platforms"], entry["vjp_order"]) == (1, ["cpu"], 0)
-    magic, signature, function = msgpack.unpackb(data)
-    assert magic == "jaxckpt-program"
+    magic, signature, functions = msgpack.unpackb(data)
+    assert (magic, list(functions)) == ("jaxckpt-program", ["cpu"])
     nodes, keys, forms = signature["tree"]
     assert (nodes, keys) == (manifest["tree"], manifest["keys"])
     described = dict(zip(keys, forms, strict=True))
@@ -1088,7 +1152,9 @@ def test_the_format_is_enough_to_run_a_program(path: pathlib.Path) -> None:
     assert [form[5] for form in forms] == [None, ["str", "text"], None]
     assert signature["intermediates"] == [["hidden", ["float32", [3], False, None, True, None]]]
     arrays = {"w": np.arange(3, dtype=np.float32), "key": np.asarray(jax.random.key_data(tree["key"]))}
-    outputs, named = jax.export.deserialize(bytearray(function)).call(arrays, {"0": np.ones(3, np.float32)})
+    outputs, named = jax.export.deserialize(bytearray(functions["cpu"])).call(
+        arrays, {"0": np.ones(3, np.float32)}
+    )
     want = jax.jit(lambda tree: f({**tree, "name": ""}, np.ones(3, np.float32))[0])(tree_without_text(tree))
     np.testing.assert_array_equal(outputs["0"], want)
     assert int(outputs["2"]) == 7
@@ -1332,6 +1398,27 @@ def test_run_writes_what_the_program_returns(capsys: Any, shell: pathlib.Path, m
     assert (code, out) == (0, "hidden = [0. 2. 6.]\nfile = 10.\n")
     code, out, _ = run(capsys, "run", "--json", "a", "both", "--input", "all.npz", "--fetch", "half")
     assert json.loads(out) == {"half": {"dtype": "bfloat16", "shape": [3], "values": [0, 1, 3]}}
+
+
+def test_run_takes_keys_as_their_data(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    draw = program(lambda tree, key: jax.random.normal(key, (2,)) + tree, jax.random.key(0))
+    jaxckpt.save(path, jnp.float32(1), programs={"draw": draw})
+    np.save(tmp_path / "key.npy", np.asarray(jax.random.key_data(jax.random.key(3))))
+    arguments = [
+        "run",
+        str(path),
+        "draw",
+        "--input",
+        str(tmp_path / "key.npy"),
+        "--output",
+        str(tmp_path / "out.npy"),
+    ]
+    assert main(arguments) == 0
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "out.npy"), jax.random.normal(jax.random.key(3), (2,)) + 1
+    )
+    np.save(tmp_path / "key.npy", np.zeros(5, np.uint32))
+    assert main(arguments) == 2
 
 
 @pytest.mark.parametrize(
