@@ -28,6 +28,7 @@ from ._errors import (
     NotFoundError,
     Problem,
     UntrustedProgramError,
+    list_problems,
     printable,
     printable_key,
 )
@@ -234,11 +235,18 @@ class Checkpoint:
         """
         entry = self._manifest.programs[name]
         stored = next(each for each in self._manifest.objects if each.name == entry.name)
-        data = self.read_object(stored)
-        if len(data) != entry.length or hashlib.sha256(data).digest() != entry.sha256:
-            problem = Problem(None, "checksum", f"{entry.name}: its sha256 is not that of the manifest")
-            raise CorruptError(f"cannot open the program {name!r} of {self.path!r}\n  {problem}", [problem])
-        return data
+        problems: Sequence[Problem]
+        try:
+            data = self.read_object(stored)
+        except CorruptError as error:
+            problems = error.problems
+        else:
+            if hashlib.sha256(data).digest() == entry.sha256:
+                return data
+            problems = [Problem(None, "checksum", f"{entry.name}: its sha256 is not that of the manifest")]
+        advice = ["the values can be restored without it; save it again, or take it from another checkpoint"]
+        headline = f"the program {name!r} of {self.path!r} is damaged"
+        raise CorruptError(list_problems(headline, problems, advice), problems)
 
     def describe(self) -> Description:
         """What is in it: `jaxckpt.describe` of it."""

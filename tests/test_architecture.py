@@ -20,8 +20,27 @@ from .helpers import run_program
 PACKAGE = pathlib.Path(jaxckpt.__file__).resolve().parent
 
 LEVELS = (
-    ("_config", "_dtypes", "_errors", "_intermediates", "_preemption", "_progress", "_schedule", "_shardings"),
-    ("_indexing", "_items", "_keys", "_processes", "_reporting", "_retention", "_store", "_tables", "_terminal"),
+    (
+        "_config",
+        "_dtypes",
+        "_errors",
+        "_intermediates",
+        "_preemption",
+        "_progress",
+        "_schedule",
+        "_shardings",
+    ),
+    (
+        "_indexing",
+        "_items",
+        "_keys",
+        "_processes",
+        "_reporting",
+        "_retention",
+        "_store",
+        "_tables",
+        "_terminal",
+    ),
     ("_leader", "_manifest"),
     ("_deriving", "_layout", "_parts", "_programs", "_zarr"),
     ("_commit", "_leaves", "_matching", "_naming", "_ownership", "_persist", "_resharding"),
