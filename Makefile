@@ -22,7 +22,7 @@ install := $(python) -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo     train on digits, be killed in the middle of a save, resume, restore on fewer devices"
 	@echo "make test     tests and doctests           (make test ARGS='-k retention')"
-	@echo "make fast     those tests that take a minute together"
+	@echo "make fast     those tests that take a minute or two together"
 	@echo "make processes   those that start groups of processes"
 	@echo "make check    format, lint, types, tests and doctests: what a change must pass"
 	@echo "make format   format the code, and fix what can be fixed"

@@ -48,6 +48,9 @@ from .helpers import assert_same_leaf, assert_same_tree, host_bytes, make_mesh, 
 from .processes import Worker, run_processes
 from .storage_faults import RefusingKernel
 
+# Most of these export and compile several functions.
+pytestmark = pytest.mark.slow
+
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32)
 STEPS = 4
@@ -302,7 +305,6 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_training_goes_on_bit_for_bit_without_the_code_of_the_model(elsewhere: Elsewhere, model: str) -> None:
     truth, said = elsewhere.truth[model], elsewhere.said[model]
@@ -313,14 +315,12 @@ def test_training_goes_on_bit_for_bit_without_the_code_of_the_model(elsewhere: E
     np.testing.assert_array_equal(elsewhere.array(f"{model} logits"), truth.logits)
 
 
-@pytest.mark.slow
 def test_nothing_of_the_models_was_imported(elsewhere: Elsewhere) -> None:
     imported = set(elsewhere.said["imported"])
     assert {"jax", "jaxckpt", "flatbuffers"} <= imported
     assert not imported & {"optax", "flax", "equinox", "tests", "pytest", "chex", "orbax", "keras"}
 
 
-@pytest.mark.slow
 def test_values_inside_are_fetched_by_name(elsewhere: Elsewhere) -> None:
     assert elsewhere.said["inside"] == {"hidden": "float32[b,32]", "probe": "float32[b,2]"}
     params = jaxckpt.restore(elsewhere.path / "optax")["params"]
@@ -332,7 +332,6 @@ def test_values_inside_are_fetched_by_name(elsewhere: Elsewhere) -> None:
     )
 
 
-@pytest.mark.slow
 def test_losses_are_bit_for_bit_those_of_the_function_whatever_its_platforms(path: pathlib.Path) -> None:
     """One function for several platforms, as `jax.export` makes it, has other last bits for this model."""
 
@@ -383,14 +382,12 @@ def test_a_program_is_for_three_platforms(elsewhere: Elsewhere) -> None:
     assert checkpoint.program("predict", trust=True, bind=False).platforms == ("cpu", "cuda", "tpu")
 
 
-@pytest.mark.slow
 def test_a_program_takes_the_leaves_that_it_uses_and_any_batch(elsewhere: Elsewhere) -> None:
     layers = [f"params/{layer}/{name}" for layer in (0, 1) for name in ("b", "w")]
     assert elsewhere.said["uses"] == [*layers, "params/2/w"]
     assert elsewhere.said["batches"] == [[1, 3], [5, 3]]
 
 
-@pytest.mark.slow
 def test_gradients_go_through_a_program(elsewhere: Elsewhere) -> None:
     params = jaxckpt.restore(elsewhere.path / "optax")["params"]
     gradient_of = jax.jit(jax.grad(lambda params, x: mlp(params, x)["logits"].sum(), argnums=(0, 1)))
@@ -399,7 +396,6 @@ def test_gradients_go_through_a_program(elsewhere: Elsewhere) -> None:
     np.testing.assert_allclose(elsewhere.array("gradient of x"), gradients[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_values_are_restored_where_programs_cannot_be_opened(elsewhere: Elsewhere) -> None:
     name, message = elsewhere.said["no flatbuffers"]
     assert name == "MissingDependencyError"
@@ -1304,7 +1300,6 @@ def save_and_run(worker: Worker, path: str, local: bool) -> tuple[int, list[floa
     return len(traces), results, errors
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True])
 def test_process_0_exports_and_all_can_open(path: pathlib.Path, local: bool) -> None:
     outcomes = run_processes(save_and_run, 2, arguments=(str(path), local))
