@@ -2,8 +2,8 @@
 
 Each command is a function that takes the parsed arguments and an `_Output`, says what it found, and returns the exit
 code. With ``--json`` it says the same as one JSON document. Results go to stdout, errors and the progress bar to
-stderr. No device is touched: a checkpoint of any size can be looked into on a machine whose accelerators are busy.
-Nothing is changed but by ``prune``, and ``convert`` writes.
+stderr. No device is touched but by ``run``: a checkpoint of any size can be looked into on a machine whose accelerators
+are busy. Nothing is changed but by ``prune``; ``convert`` and ``run`` write what they were told to.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ BROKEN_PIPE = 141  # and of one that SIGPIPE ended
 _EPILOG = """\
 exit codes:
   0    done; verify: whole; diff: the same
-  1    damaged or different: verify, cat, diff, info or convert found damage, ls a manifest that cannot be read,
+  1    damaged or different: verify, cat, diff, info, run or convert found damage, ls a manifest that cannot be read,
        diff a difference; prune could not delete a step that goes
   2    wrong usage
   3    no committed checkpoint, no such leaf, directory or metric, or a checkpoint that cannot be read; convert: one
