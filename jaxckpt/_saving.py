@@ -553,19 +553,21 @@ class SaveJob:
             for depth in range(1, len(parts)):
                 contents["/".join([*parts[:depth], METADATA_NAME])] = group_metadata()
         calls = [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
-        by_name = {_program_name(program): program for program in self._programs.values()}
-        calls += [functools.partial(self._put_program, attempt, program) for program in by_name.values()]
+        if self._programs:
+            calls.append(functools.partial(self._put_programs, attempt))
         return [*calls, attempt.put_root_group] if together is None else calls
 
-    def _put_program(self, attempt: Attempt, program: ExportedProgram) -> None:
-        """Stores a program; what the run has stored already gets another name."""
-        name = _program_name(program)
+    def _put_programs(self, attempt: Attempt) -> None:
+        """Stores each program once; what the run has stored already gets another name."""
         store = None if self._context.earlier is None else self._context.earlier()
-        earlier = None if store is None else _find_program(store, program.entry.sha256)
-        if store is None or earlier is None:
-            attempt.put_metadata(name, program.data)
-        else:
-            attempt.share_metadata(name, program.data, store, earlier)
+        stored = {} if store is None else _stored_programs(store)
+        by_name = {_program_name(program): program for program in self._programs.values()}
+        for name, program in by_name.items():
+            earlier = stored.get(program.entry.sha256)
+            if store is None or earlier is None:
+                attempt.put_metadata(name, program.data)
+            else:
+                attempt.share_metadata(name, program.data, store, earlier)
 
     def _spec(self, leaf: int, sharding: int | None) -> LeafSpec:
         chunk_shape = self._plan.chunk_shapes[leaf]
@@ -661,13 +663,13 @@ def _program_name(program: ExportedProgram) -> str:
     return f"{PROGRAMS_DIRECTORY}/{program.entry.sha256.hex()}"
 
 
-def _find_program(store: Store, sha256: bytes) -> str | None:
-    """Path of an object with this content in another checkpoint, if there is one that can be read."""
+def _stored_programs(store: Store) -> dict[bytes, str]:
+    """Paths of the programs of another checkpoint, by their sha256; none if it cannot be read."""
     try:
         manifest = parse_manifest(store.read(MANIFEST_NAME, MANIFEST_BYTES_MAX), store.path)
     except (OSError, CheckpointError):
-        return None
-    return next((entry.name for entry in manifest.programs.values() if entry.sha256 == sha256), None)
+        return {}
+    return {entry.sha256: entry.name for entry in manifest.programs.values()}
 
 
 @functools.lru_cache(maxsize=8)
