@@ -29,6 +29,9 @@ The modules, in the order in which to read them. Each imports only from those th
     _steps        which numbered checkpoints a directory holds; checkpoint.json
     _programs     functions <-> bytes, exported by jax.export
     _snapshot     device -> host, within a bound on host memory
+    _pinned       ... from accelerators, while the training loop goes on
+    _viewing      ... as views of what is in host memory
+    _staging      host memory for snapshots: its bound and its buffers
     _persist      threads that checksum and write
     _commit       when a checkpoint exists, and why no crash leaves half of one
     _individual   leaves that each process has for itself, where they differ
@@ -36,7 +39,8 @@ The modules, in the order in which to read them. Each imports only from those th
     _matching     which saved leaf goes to which leaf of like, and how the two differ; pure
     _naming       which saved leaves are asked for, and their new names: select, rename; pure
     _deriving     leaves that are made of rows of saved leaves: Pieces, Vocabulary; pure
-    _resharding   which bytes must be read for which boxes; reading and verifying them
+    _fetching     reading and verifying what is planned
+    _resharding   which bytes must be read for which boxes; pure
     _leaves       kinds of leaves; what is refused
     _layout       shape, dtype and sharding -> chunks, packs and pieces; pure
     _parts        which process wrote a chunk, and where it lies

@@ -24,9 +24,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._collective import CollectiveRestore
 from ._config import PIECE_BYTES
+from ._fetching import ReadExecutor
 from ._placement import place
 from ._reading import Checkpoint
-from ._resharding import ReadExecutor, plan_reads
+from ._resharding import plan_reads
 from ._restoring import RestorePlan, destinations_of_bytes
 
 _ALIGNMENT = 64

@@ -55,10 +55,11 @@ from ._bundling import restore_bundled
 from ._collective import CollectiveRestore
 from ._config import BLOCK_BYTES, MIB, PIECE_BYTES
 from ._dtypes import is_sub_byte
+from ._fetching import ReadExecutor
 from ._manifest import LeafSpec
 from ._placement import Target, cast, finish, typed
 from ._reading import Checkpoint
-from ._resharding import Destination, ReadExecutor, plan_reads
+from ._resharding import Destination, plan_reads
 from ._restoring import RestorePlan, metadata_of
 from ._shardings import Box, Device, box_of, describe_sharding
 

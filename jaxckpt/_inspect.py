@@ -19,11 +19,12 @@ import numpy as np
 
 from ._config import PIECE_BYTES, RestoreOptions
 from ._errors import CorruptError, FormatError, Problem, printable, printable_key
+from ._fetching import ReadExecutor
 from ._layout import flat_boxes
 from ._manifest import ProgramEntry
 from ._progress import Progress, ProgressMeter, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
-from ._resharding import ReadExecutor, plan_reads
+from ._resharding import plan_reads
 from ._shardings import Box, format_sharding
 
 Path = str | os.PathLike[str]

@@ -32,6 +32,7 @@ from ._errors import (
     printable,
     printable_key,
 )
+from ._fetching import ReadExecutor
 from ._indexing import read_indexed
 from ._individual import decode_own_leaves
 from ._items import decode_items
@@ -50,7 +51,7 @@ from ._manifest import (
 from ._matching import logical_shape
 from ._parts import ChunkIndex
 from ._processes import current_group
-from ._resharding import Destination, ReadExecutor, plan_reads
+from ._resharding import Destination, plan_reads
 from ._shardings import Box
 from ._steps import CACHE_NAME
 from ._store import Hold, Store, open_store

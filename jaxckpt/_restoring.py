@@ -23,6 +23,7 @@ from ._collective import Outline, outline_sharding
 from ._config import PIECE_BYTES
 from ._deriving import Source
 from ._errors import MismatchError, Problem, list_problems
+from ._fetching import ReadExecutor
 from ._gathering import gather, has_shards_of
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
 from ._manifest import LeafSpec, Manifest, StoredObject, decode_value
@@ -31,7 +32,7 @@ from ._naming import Rename, Select, is_key_selected, rename_keys, select_keys
 from ._placement import Target, boxes_of, is_fortran, place, typed
 from ._reading import Checkpoint
 from ._reporting import RestoreReport
-from ._resharding import Destination, ReadExecutor, ReadPlan, plan_reads
+from ._resharding import Destination, ReadPlan, plan_reads
 from ._shardings import Box, fit_to_mesh, give_devices, is_own_sharding, rebuild_sharding
 from ._store import allocate_aligned
 from ._zarr import METADATA_NAME

@@ -68,11 +68,13 @@ from ._manifest import (
 from ._ownership import share_writes
 from ._parts import encode_part
 from ._persist import PieceWriter
+from ._pinned import PinnedSnapshot
 from ._processes import Group, current_group
 from ._programs import ExportedProgram, as_program
 from ._progress import Progress, ProgressMeter
 from ._shardings import describe_sharding
-from ._snapshot import PinnedSnapshot, SnapshotGivenUpError, choose_staging, take_snapshot
+from ._snapshot import choose_staging, take_snapshot
+from ._staging import SnapshotGivenUpError
 from ._store import Store, open_store
 from ._tables import PIECE_ALIGNMENT, ChunkTable
 from ._zarr import METADATA_NAME, array_metadata, group_metadata, leaf_directory

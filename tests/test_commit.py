@@ -31,7 +31,7 @@ import pytest
 
 import jaxckpt
 from jaxckpt import _saving
-from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY
+from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY
 from jaxckpt._store import Buffer, Hold, LocalStore, ObjectWriter, Store
 
 from .helpers import ROOT, assert_same_tree, run_fork

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY
+from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY
 from jaxckpt._store import LocalStore
 
 from .helpers import assert_same_tree, run_fork

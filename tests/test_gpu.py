@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY
+from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY
 
 from .helpers import assert_same_tree, run_program
 

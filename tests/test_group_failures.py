@@ -27,7 +27,7 @@ import jaxckpt
 from jaxckpt._commit import begin, join
 from jaxckpt._processes import Session, current_group
 from jaxckpt._saving import SaveContext, SaveJob
-from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY
+from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY
 from jaxckpt._store import LocalStore
 
 from .processes import Outcome, Worker, memory_groups, run_processes, run_threads, start_processes

@@ -17,6 +17,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from jaxckpt._config import BLOCK_BYTES, MIB
+from jaxckpt._fetching import ReadExecutor
 from jaxckpt._layout import (
     LeafExtent,
     WritePlan,
@@ -28,7 +29,7 @@ from jaxckpt._layout import (
 )
 from jaxckpt._manifest import LeafSpec, Manifest
 from jaxckpt._parts import ChunkIndex
-from jaxckpt._resharding import ReadExecutor, ReadPlan, plan_reads
+from jaxckpt._resharding import ReadPlan, plan_reads
 from jaxckpt._shardings import Box, shrink_axes
 from jaxckpt._store import Buffer, ObjectWriter, Store
 from jaxckpt._tables import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT, ChunkTable

@@ -40,7 +40,7 @@ from hypothesis.stateful import (
 )
 
 import jaxckpt
-from jaxckpt._snapshot import HOST_MEMORY
+from jaxckpt._staging import HOST_MEMORY
 from jaxckpt._store import Kernel, LocalStore
 
 from .helpers import assert_same_tree

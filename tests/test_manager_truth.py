@@ -23,7 +23,7 @@ import pytest
 
 import jaxckpt
 from jaxckpt import CheckpointManager
-from jaxckpt._snapshot import HOST_MEMORY
+from jaxckpt._staging import HOST_MEMORY
 from jaxckpt._steps import StepDirectory
 from jaxckpt._store import Buffer, Hold, LocalStore, Store
 

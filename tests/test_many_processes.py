@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxckpt
-from jaxckpt._snapshot import HOST_MEMORY
+from jaxckpt._staging import HOST_MEMORY
 from jaxckpt._store import Kernel, LocalStore
 
 from .processes import Worker, run_processes

@@ -26,7 +26,7 @@ import jaxckpt
 from jaxckpt._layout import plan_writes
 from jaxckpt._persist import PieceWriter
 from jaxckpt._progress import ProgressMeter
-from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY, HostMemory
+from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY, HostMemory
 
 from .helpers import assert_same_tree, run_fork
 from .test_commit import WatchedStore

@@ -25,7 +25,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 import jaxckpt
 from jaxckpt._layout import LeafExtent, contiguous_runs, plan_writes
-from jaxckpt._snapshot import HOST_MEMORY, PINNED_MEMORY, _cut
+from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY
+from jaxckpt._viewing import cut
 
 from .helpers import assert_same_tree, make_mesh
 from .test_commit import WatchedStore
@@ -198,7 +199,7 @@ def test_a_shard_is_cut_on_its_device_whatever_the_caller_has_set(axis_type: Axi
     leaf = jax.device_put(jnp.full((64, 16), jnp.nan), NamedSharding(mesh, PartitionSpec("x")))
     shard = leaf.addressable_data(2)
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"), jax.debug_nans(True):
-        parts = [_cut(shard, run) for run in contiguous_runs(shard.shape, 4, 100)]
+        parts = [cut(shard, run) for run in contiguous_runs(shard.shape, 4, 100)]
     assert all(part.devices() == shard.devices() for part in parts)
     assert b"".join(np.asarray(part).tobytes() for part in parts) == np.asarray(shard).tobytes()
 

@@ -32,7 +32,7 @@ PROGRAM = """
     import errno, functools, gc, json, logging, os, pathlib, sys, threading, weakref
     import jax, jax.numpy as jnp, numpy as np
     import jaxckpt
-    from jaxckpt._snapshot import HOST_MEMORY
+    from jaxckpt._staging import HOST_MEMORY
     from jaxckpt._store import Kernel, LocalStore
 
     logging.getLogger("jaxckpt").setLevel(logging.CRITICAL)  # failures are expected

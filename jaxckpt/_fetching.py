@@ -1,0 +1,301 @@
+"""How are planned reads carried out and verified?
+
+`ReadExecutor` reads the units of a plan in a few threads. Three ways, the cheapest that fits: a run of blocks that is
+also a contiguous range of one destination is read in place; a packed chunk that is a whole destination keeps the memory
+that it was read into; everything else goes through a small buffer and is copied box by box.
+
+Every block is verified before anything else looks at it. All damage is collected, then raised as one `CorruptError`: no
+wrong byte is ever returned. Deliberately not here: devices (`_placement`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, final
+
+import numpy as np
+import xxhash
+
+from ._config import BLOCK_BYTES
+from ._errors import CorruptError, Problem, list_problems
+from ._layout import flat_boxes, intersect
+from ._manifest import Manifest, StoredObject
+from ._parts import box_of_chunk
+from ._progress import ProgressMeter
+from ._resharding import SHARED_ALLOCATION_BYTES, Destination, Part, ReadPlan, Unit, minus
+from ._shardings import Box
+from ._store import Buffer, Store, allocate_aligned
+from ._tables import PIECE_ALIGNMENT
+
+# The unsigned type of each element size, to move elements without looking at them.
+_MOVABLE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+
+_ALIGNMENT = 64
+
+
+@final
+class ReadExecutor:
+    """Reads and verifies; counts the bytes it asked storage for.
+
+    Args:
+      store: Where from.
+      manifest: What is stored there.
+      threads: How many read at a time.
+      meter: Is told of bytes read.
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest, *, threads: int, meter: ProgressMeter | None = None
+    ) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._threads = threads
+        self._meter = meter
+        self._lock = threading.Lock()
+        self._problems: list[Problem] = []
+        self._scratch = threading.local()
+        self.bytes_read = 0
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What was found to be wrong so far, by key and place."""
+        return sorted(self._problems, key=lambda problem: (problem.key or "", problem.message))
+
+    def check_objects(self, plan: ReadPlan) -> None:
+        """Finds missing objects and objects of a wrong length, before any memory is taken for the arrays."""
+        for name, length in plan.object_lengths.items():
+            try:
+                if not self._store.has_length(name, length):
+                    self._report_object(
+                        plan, name, "length", f"does not have the {length} bytes that it was written with"
+                    )
+            except OSError as error:
+                self._report_object(plan, name, _kind_of(error), _describe_os_error(error))
+
+    def check_metadata(self, entries: Iterable[StoredObject]) -> None:
+        """Verifies metadata objects."""
+        for entry in entries:
+            self.read_metadata(entry)
+
+    def read_metadata(self, entry: StoredObject) -> bytes | None:
+        """A metadata object, verified; None when something is wrong with it."""
+        try:
+            data = self._store.read(entry.name, entry.length)
+        except OSError as error:
+            self._report(None, _kind_of(error), f"object {entry.name}: {_describe_os_error(error)}")
+            return None
+        self._count(len(data))
+        if len(data) != entry.length:
+            message = f"object {entry.name}: does not have the {entry.length} bytes that it was written with"
+            self._report(None, "length", message)
+            return None
+        if xxhash.xxh3_128_digest(data) != entry.checksum:
+            self._report(None, "checksum", f"object {entry.name}: its checksum differs")
+            return None
+        return data
+
+    def read(self, plan: ReadPlan) -> None:
+        """Fills the destinations of a plan. Damage is collected; see `raise_problems`."""
+        self._allocate(plan)
+        self._run(plan.units, self._read_unit)
+
+    def verify(self, plan: ReadPlan) -> None:
+        """Reads and verifies without filling destinations."""
+        self._run(plan.units, self._verify_unit)
+
+    def raise_problems(self, doing: str) -> None:
+        """Raises `CorruptError` if anything was found.
+
+        Args:
+          doing: What failed, such as ``"restore 'run/step_3'"``.
+        """
+        if self._problems:
+            problems = self.problems
+            headline = f"cannot {doing}: stored data is damaged in {len(problems)} places"
+            advice = ["nothing was returned; use another checkpoint, or select= the leaves that are whole"]
+            raise CorruptError(list_problems(headline, problems, advice), problems)
+
+    def _run(self, units: Sequence[Unit], work: Any) -> None:
+        if len(units) <= 1 or self._threads == 1:
+            for unit in units:
+                work(unit)
+            return
+        with concurrent.futures.ThreadPoolExecutor(self._threads, "jaxckpt-read") as executor:
+            for _ in executor.map(work, units):
+                pass
+
+    def _allocate(self, plan: ReadPlan) -> None:
+        """Takes memory for the destinations that are not packed chunks read in one go."""
+        adopted = {id(destination) for unit in plan.units for destination in _adopting(self._manifest, unit)}
+        shared = np.empty(0, np.uint8)
+        for destination in plan.destinations:
+            if destination.buffer is not None or id(destination) in adopted:
+                continue
+            if destination.nbytes >= SHARED_ALLOCATION_BYTES:
+                destination.buffer = allocate_aligned(destination.nbytes)
+                continue
+            if len(shared) < destination.nbytes:
+                shared = allocate_aligned(SHARED_ALLOCATION_BYTES)
+            destination.buffer = shared[: destination.nbytes]
+            shared = shared[-(-destination.nbytes // _ALIGNMENT) * _ALIGNMENT :]
+
+    def _read_unit(self, unit: Unit) -> None:
+        adopting = _adopting(self._manifest, unit)
+        if unit.in_place is not None:
+            destination, start = unit.in_place
+            assert destination.buffer is not None
+            buffer = destination.buffer[start : start + unit.length]
+        elif adopting:
+            buffer = allocate_aligned(unit.length, unit.offset)
+        else:
+            buffer = self._scratch_buffer(unit)
+        if not self._fill(unit, buffer):
+            return
+        for part in unit.parts:
+            if not self._verify_part(unit, part, buffer) or unit.in_place is not None:
+                continue
+            if part.targets[0][0] in adopting:
+                destination = part.targets[0][0]
+                destination.buffer = buffer[part.at : part.at + destination.nbytes]
+            else:
+                self._scatter(part, buffer)
+
+    def _verify_unit(self, unit: Unit) -> None:
+        buffer = self._scratch_buffer(unit)
+        if self._fill(unit, buffer):
+            for part in unit.parts:
+                self._verify_part(unit, part, buffer)
+
+    def _scratch_buffer(self, unit: Unit) -> Buffer:
+        """Memory of the calling thread, reused from unit to unit; as far behind a page as the unit in its object."""
+        lead = unit.offset % PIECE_ALIGNMENT
+        held: Buffer | None = getattr(self._scratch, "buffer", None)
+        if held is None or len(held) < lead + unit.length:
+            held = allocate_aligned(max(lead + unit.length, BLOCK_BYTES))
+            self._scratch.buffer = held
+        return held[lead : lead + unit.length]
+
+    def _fill(self, unit: Unit, buffer: Buffer) -> bool:
+        """Reads a unit; reports it and returns False when storage does not give it whole."""
+        try:
+            count = self._store.read_into(unit.object, unit.offset, buffer)
+        except OSError as error:
+            for part in unit.parts:
+                self._report_part(unit, part, _kind_of(error), _describe_os_error(error))
+            return False
+        self._count(count)
+        if count < unit.length:
+            for part in unit.parts:
+                self._report_part(unit, part, "length", f"the object ends at byte {unit.offset + count}")
+            return False
+        return True
+
+    def _verify_part(self, unit: Unit, part: Part, buffer: Buffer) -> bool:
+        view = memoryview(buffer)[part.at : part.at + part.length]
+        first = part.first_block
+        for block in range(part.block_count):
+            data = view[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+            if xxhash.xxh3_128_digest(data) != part.place.table.checksum(part.place.row, first + block):
+                place = unit.offset + part.at + block * BLOCK_BYTES
+                self._report_part(
+                    unit, part, "checksum", f"the checksum of the block at byte {place} differs"
+                )
+                return False
+        return True
+
+    def _scatter(self, part: Part, buffer: Buffer) -> None:
+        """Copies what the destinations want from verified blocks."""
+        spec = self._manifest.spec(part.leaf)
+        itemsize = spec.stored_itemsize
+        chunk_lo = box_of_chunk(spec, self._manifest.chunk_index(part.leaf, part.chunk))[0]
+        first = part.first_block * BLOCK_BYTES // itemsize
+        last = min(first + part.length // itemsize, spec.chunk_nbytes // itemsize)
+        elements = buffer[part.at : part.at + (last - first) * itemsize].view(_MOVABLE[itemsize])
+        at = 0
+        for lo, hi in flat_boxes(first, last, spec.chunk_shape):
+            sizes = minus(hi, lo)
+            count = math.prod(sizes)
+            source = elements[at : at + count].reshape(sizes)
+            at += count
+            source_box = (_plus(lo, chunk_lo), _plus(hi, chunk_lo))
+            for destination, region in part.targets:
+                shared = intersect(region, source_box)
+                if shared is not None:
+                    target = destination_array(destination, itemsize)
+                    target[_slices(shared, destination.box[0])] = source[_slices(shared, source_box[0])]
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes_read += nbytes
+        if self._meter is not None:
+            self._meter.add(nbytes)
+
+    def _report(self, key: str | None, kind: str, message: str) -> None:
+        with self._lock:
+            self._problems.append(Problem(key, kind, message))
+
+    def _report_part(self, unit: Unit, part: Part, kind: str, what: str) -> None:
+        chunk = self._manifest.chunk_index(part.leaf, part.chunk)
+        self._report(self._manifest.keys[part.leaf], kind, f"chunk {chunk} in object {unit.object}: {what}")
+
+    def _report_object(self, plan: ReadPlan, name: str, kind: str, what: str) -> None:
+        for leaf, chunk in plan.leaves_of_object[name]:
+            index = self._manifest.chunk_index(leaf, chunk)
+            self._report(self._manifest.keys[leaf], kind, f"chunk {index} in object {name}: {what}")
+
+
+def destination_array(destination: Destination, itemsize: int) -> np.ndarray[Any, Any]:
+    """The bytes of a destination as an array of opaque elements in the shape of its box."""
+    assert destination.buffer is not None
+    sizes = minus(destination.box[1], destination.box[0])
+    elements = destination.buffer.view(_MOVABLE[itemsize])
+    if not destination.fortran_axes:
+        return elements.reshape(sizes)
+    turned = range(destination.fortran_axes - 1, -1, -1)
+    rest = range(destination.fortran_axes, len(sizes))
+    axes = (*turned, *rest)  # its own inverse
+    return elements.reshape([sizes[axis] for axis in axes]).transpose(axes)
+
+
+def _adopting(manifest: Manifest, unit: Unit) -> set[Destination]:
+    """Destinations that are exactly one packed chunk of the unit; they keep the memory that it is read into."""
+    adopting: set[Destination] = set()
+    if unit.in_place is not None:
+        return adopting
+    for part in unit.parts:
+        if part.place.pack is None or len(part.targets) != 1:
+            continue
+        destination, region = part.targets[0]
+        is_whole_chunk = part.first_block == 0 and part.length == part.place.length
+        if (
+            is_whole_chunk
+            and not destination.fortran_axes
+            and region == destination.box
+            and destination.nbytes == manifest.spec(part.leaf).chunk_nbytes
+        ):
+            adopting.add(destination)
+    return adopting
+
+
+def _kind_of(error: OSError) -> str:
+    """``"missing"`` when bytes are lost; ``"unreadable"`` when the process or the machine lacks something."""
+    is_lost = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+    return "missing" if is_lost else "unreadable"
+
+
+def _describe_os_error(error: OSError) -> str:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "it is missing"
+    return f"it cannot be read ({error.strerror or error})"
+
+
+def _plus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _slices(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(lo - start, hi - start) for lo, hi, start in zip(*box, origin, strict=True))
