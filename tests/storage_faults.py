@@ -144,10 +144,16 @@ class KillingKernel(NotedKernel):
             if self._count == self._at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def after(self, operation: Operation) -> None:
-        if operation.is_commit:
-            with self.lock:
+    def rename(self, source: str, target: str) -> None:  # type: ignore[override]
+        operation = Operation("rename", source, target)
+        self.before(operation)
+        with self.lock:  # no other thread ends the process between a commit and its line
+            os.rename(source, target)
+            if operation.is_commit:
                 self._journal.write("committed")
+
+    def after(self, operation: Operation) -> None:
+        """The journal is enough."""
 
     def pwrite(self, descriptor: int, data: Any, offset: int) -> int:  # type: ignore[override]
         if not self._is_torn:
