@@ -2,20 +2,25 @@
 
     python -m benchmarks.behaviour [--trials N]
 
-Both are called with default arguments (Orbax: `StandardCheckpointer`). Each row runs in fresh processes, and prints
-what happened; nothing is judged by this script but whether restored bytes are the saved ones.
+Both are called with default arguments (Orbax: `StandardCheckpointer`, and `CheckpointManager` for what concerns
+managers). Each row runs in fresh processes, and prints what happened; nothing is judged by this script but whether
+restored bytes are the saved ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +140,111 @@ def restore_containers(library: str, scratch: Path) -> str:
     return f"int key -> {type(key).__name__}, tuple -> {type(pair).__name__}, namedtuple -> {type(pair[1]).__name__}"
 
 
+# --- managers -----------------------------------------------------------------------------------------------
+
+
+class Manager:
+    """The few verbs that the managers of both have; two steps are kept, the best ones of a metric or the newest."""
+
+    def __init__(self, library: str, directory: Path, *, best: str | None = None) -> None:
+        self._library = library
+        if library == "jaxckpt":
+            import jaxckpt
+
+            self._manager: Any = jaxckpt.CheckpointManager(
+                directory,
+                save_interval_steps=1,
+                max_to_keep=None if best else 2,
+                best=jaxckpt.Best(best, keep=2) if best else None,
+                time_to_live_s=1e-9 if best else None,  # so that nothing but `best` and the newest stays
+            )
+            return
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, best_fn=(lambda metrics: metrics[best]) if best else None, best_mode="min"
+        )
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
+        if self._library == "jaxckpt":
+            self._manager.save(step, tree, metrics=metrics)
+            return
+        import orbax.checkpoint as ocp
+
+        self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
+
+    def wait(self) -> None:
+        if self._library == "jaxckpt":
+            self._manager.wait()
+        else:
+            self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        return list(self._manager.steps() if self._library == "jaxckpt" else self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+
+def small_tree(value: float) -> Any:
+    """4 MiB in four arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    return jax.block_until_ready({f"leaf{number}": jnp.full(1 << 18, value) for number in range(4)})
+
+
+def limit_file_size(nbytes: int) -> None:
+    """From here on a write behind so many bytes fails."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+
+
+def fail_in_the_background(library: str, scratch: Path) -> str:
+    """The save of step 3 fails, the others do not, and nobody waits in between."""
+    manager = Manager(library, scratch)
+    story: dict[str, Any] = {}
+    for step in range(1, 6):
+        if step == 3:
+            manager.wait()
+            limit_file_size(1 << 18)
+        try:
+            manager.save(step, small_tree(step))
+        except Exception as error:  # noqa: BLE001  whatever it is, it is the result
+            story[f"save({step})"] = f"raises {type(error).__name__}"
+        if step == 3:
+            time.sleep(3)  # the save has failed by then
+            limit_file_size(resource.RLIM_INFINITY)
+            story["latest_step() after the failure"] = manager.latest()
+    try:
+        manager.wait()
+    except Exception as error:  # noqa: BLE001
+        story["wait() at the end"] = f"raises {type(error).__name__}"
+    story["steps at the end, of which 2 shall stay"] = manager.steps()
+    story["on disk"] = sorted(entry.name for entry in scratch.iterdir())
+    return json.dumps(story)
+
+
+def fail_unnoticed(library: str, scratch: Path) -> str:
+    """The program ends without waiting for its last save, which fails; its exit status is the result."""
+    manager = Manager(library, scratch)
+    manager.save(1, small_tree(1))
+    manager.wait()
+    limit_file_size(1 << 18)
+    manager.save(2, small_tree(2))
+    return "ended"
+
+
+def keep_the_best(library: str, scratch: Path) -> str:
+    """Two of five steps are kept, and the first ones are the best."""
+    manager = Manager(library, scratch, best="loss")
+    for step in range(5):
+        manager.save(step, small_tree(step), {"loss": float(step)})
+        manager.wait()
+    return f"of steps 0 to 4, whose first ones are the best, {manager.steps()} stay"
+
+
 ROWS = {
     "save on 8": save_on_all_devices,
     "open on 1": restore_on_these_devices,
@@ -142,6 +252,9 @@ ROWS = {
     "other dtype": restore_like_another_dtype,
     "odd leaves": save_odd_leaves,
     "containers": restore_containers,
+    "failure": fail_in_the_background,
+    "unnoticed": fail_unnoticed,
+    "best 2": keep_the_best,
 }
 
 
@@ -164,13 +277,15 @@ def in_fresh_process(library: str, row: str, scratch: Path, devices: int, trial:
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S, check=False
     )
+    if row == "unnoticed":
+        return f"exit status {done.returncode}"
     if done.returncode:
         return f"the process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1][:80]}"
     return done.stdout.strip().splitlines()[-1]
 
 
 def compare(library: str, trials: int) -> None:
-    rows = [("other dtype", 1), ("odd leaves", 1), ("containers", 1)]
+    rows = ("other dtype", "odd leaves", "containers", "failure", "unnoticed", "best 2")
     scratch = Path(tempfile.mkdtemp(prefix="jaxckpt-behaviour-"))
     try:
         in_fresh_process(library, "save on 8", scratch, 8)
@@ -182,10 +297,10 @@ def compare(library: str, trials: int) -> None:
             outcomes[in_fresh_process(library, "flipped bit", place, 1, trial).partition(":")[0]] += 1
         for text, count in outcomes.items():
             print(f"{library:8s} one flipped bit of array data: {count} of {trials}: {text}")
-        for row, devices in rows:
+        for row in rows:
             place = scratch / row.replace(" ", "-")
             place.mkdir()
-            print(f"{library:8s} {row}: {in_fresh_process(library, row, place, devices)}")
+            print(f"{library:8s} {row}: {in_fresh_process(library, row, place, 1)}")
     finally:
         shutil.rmtree(scratch)
 

@@ -32,6 +32,7 @@ class Usage:
 
     Attributes:
         seconds: from its start to its end.
+        cpu_seconds: of all threads of the process, in user and in kernel mode.
         peak_extra_bytes: highest resident memory during it, less the resident memory before it. Pages of
             mapped files count while they are mapped.
         call_read_bytes: asked for by read calls (rchar); reads through a memory map are not in it.
@@ -43,6 +44,7 @@ class Usage:
     """
 
     seconds: float
+    cpu_seconds: float
     peak_extra_bytes: int
     call_read_bytes: int
     call_write_bytes: int
@@ -58,14 +60,17 @@ def measure(operation: Callable[[], T]) -> tuple[T, Usage]:
     io_before = _process_io()
     resident_before = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    cpu_start = time.process_time()
     start = time.perf_counter()
     result = operation()
     seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() - cpu_start
     peak = _status_bytes("VmHWM")
     io_after = _process_io()
     used = {name: io_after[name] - io_before[name] for name in io_after}
     usage = Usage(
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         peak_extra_bytes=peak - resident_before,
         call_read_bytes=used["rchar"],
         call_write_bytes=used["wchar"],

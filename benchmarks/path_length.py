@@ -1,9 +1,7 @@
 """How much of a library's code does a small save and restore run through?
 
-    python -m benchmarks.path_length [NAME ...]
-
-Saves and restores {'w': (4, 4), 'b': (4,)} in a new process, under `sys.setprofile` and
-`threading.setprofile`, and counts what is entered inside the library's own folder:
+Saves and restores {'w': (4, 4), 'b': (4,)} in a new process, under `sys.setprofile` and `threading.setprofile`, and
+counts what is entered inside the library's own folder; `code_cost` shows it beside the cost of the imports:
 
 * functions: distinct functions, methods and lambdas (no comprehensions, no module or class bodies);
 * files: distinct source files of these;
@@ -16,14 +14,11 @@ The first call in a process is counted, with all that it sets up. Native code is
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import inspect
 import io
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,10 +29,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from benchmarks import trial
-
-TIMEOUT_S = 300
 
 # Functions of asyncio that make a task of a coroutine.
 TASK_MAKERS = ("create_task", "ensure_future", "_ensure_future")
@@ -216,12 +207,12 @@ def _orbax_v1(path: Path) -> Callable[[], Any]:
 SUBJECTS: dict[str, tuple[str, Callable[[Path], Callable[[], Any]]]] = {
     "jaxckpt save + restore": ("jaxckpt", _jaxckpt_sync),
     "jaxckpt save_async + restore": ("jaxckpt", _jaxckpt_async),
-    "orbax v0 StandardCheckpointer": ("orbax.checkpoint", _orbax_v0),
-    "orbax v1 save + load": ("orbax.checkpoint", _orbax_v1),
+    "orbax-v0 StandardCheckpointer": ("orbax.checkpoint", _orbax_v0),
+    "orbax-v1 save + load": ("orbax.checkpoint", _orbax_v1),
 }
 
 
-def trace(name: str) -> PathLength:
+def trace(name: str) -> dict[str, int]:
     """Traces one subject in this process, which should have done nothing else."""
     module, prepare = SUBJECTS[name]
     spec = importlib.util.find_spec(module)
@@ -229,46 +220,4 @@ def trace(name: str) -> PathLength:
         raise ModuleNotFoundError(f"{module} is not installed")
     with tempfile.TemporaryDirectory(prefix="jaxckpt-benchmark-") as scratch:
         operation = prepare(Path(scratch, "checkpoint"))
-        return Tracer(Path(spec.origin).parent).run(operation)
-
-
-def trace_in_process(name: str) -> PathLength | str:
-    """Traces one subject in a new process; returns the last line of its error if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.path_length", "--child", name],
-        cwd=trial.REPOSITORY,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode != 0:
-        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return PathLength(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.path_length", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="start of a subject's name; default: all")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(dataclasses.asdict(trace(arguments.child))))
-        return
-    fields = [field.name for field in dataclasses.fields(PathLength)]
-    print(f"{'one small save and restore':32}" + "".join(f"{field:>11}" for field in fields))
-    for name in SUBJECTS:
-        if arguments.names and not name.startswith(tuple(arguments.names)):
-            continue
-        found = trace_in_process(name)
-        if isinstance(found, str):
-            print(f"{name:32} {found}")
-            continue
-        print(f"{name:32}" + "".join(f"{getattr(found, field):>11}" for field in fields))
-
-
-if __name__ == "__main__":
-    main()
+        return dataclasses.asdict(Tracer(Path(spec.origin).parent).run(operation))

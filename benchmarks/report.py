@@ -1,90 +1,107 @@
-"""From single trials to what a reader wants to know: medians, ratios, tables.
+"""What a run found, for a reader: the figures and their targets, then every table.
 
-A results file (JSON) holds every trial; all that is printed follows from it:
+    python -m benchmarks.report [FILE...]
 
-    python -m benchmarks.report [RESULTS.json]      writes RESULTS.md beside it
+writes RESULTS.md beside the first file. Without FILE it takes results.json and after it each results-NAME.json of this
+folder, and also writes the tables between the two markers of README.md. Each file is a run; where two measured the same
+workload on the same storage, or the same study, the later one counts.
 
-Machines, and even hours on one machine, differ more than contenders do. So only ratios inside one run are a
-result. A ratio is taken within each repetition, whose trials lie close together in time, and the median of
-these is reported with their range.
+remarks.json says why a figure misses its target and what was tried. A key is the figure's id, or the id and the
+beginning of a place ("save-raw/single", "save-raw/single on /tmp"); the longest that fits counts. It is written by
+hand, so that writing the report again keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DEFAULT_RESULTS = Path(__file__).resolve().parent / "results.json"
+from benchmarks import figures, ratios
+from benchmarks.figures import Check, Figure
+from benchmarks.ratios import Group, Ratio, Results, Run, Study, Trial
 
-Trial = dict[str, Any]
+DEFAULT_RESULTS = ratios.DEFAULT_RESULTS
+REMARKS = DEFAULT_RESULTS.with_name("remarks.json")
+README = DEFAULT_RESULTS.parent.parent / "README.md"
+
+README_START = "<!-- written by benchmarks.report -->"
+README_END = "<!-- end -->"
 
 GIGA = 1e9
 
+# In a command: not the full size.
+SMALL_SIZE = re.compile(r"--(quick|size)\b")
+
+OPERATIONS = ("save", "restore cold", "restore warm")
+
+# The kinds of opponents in the tables of ratios.
+COMPARED = ("raw", "tuned Orbax", "default Orbax", "other")
+
+# The rows of README's tables.
+README_ROWS = {
+    ("large", "save"): "16 leaves over 8 devices: save",
+    ("large", "restore cold"): "16 leaves over 8 devices: restore, cold",
+    ("large", "restore warm"): "16 leaves over 8 devices: restore, warm",
+    ("single", "save"): "one leaf: save",
+    ("single", "restore cold"): "one leaf: restore, cold",
+    ("single", "restore warm"): "one leaf: restore, warm",
+    ("gpt-float32", "save"): "GPT with Adam, 900 leaves: save",
+    ("gpt-float32", "restore cold"): "GPT with Adam, 900 leaves: restore, cold",
+    ("gpt-float32", "restore warm"): "GPT with Adam, 900 leaves: restore, warm",
+    ("reshard-8x1-1x8", "restore cold"): "saved in rows, restored in columns, cold",
+    ("reshard-8-1", "restore cold"): "saved on 8 devices, restored on one, cold",
+    ("small", "save"): "10,000 leaves of 4 KiB, replicated on 8 devices: save",
+    ("small", "restore cold"): "10,000 leaves of 4 KiB, replicated on 8 devices: restore, cold",
+}
+README_FIGURES = (
+    "restore-mmap",
+    "loop-blocked",
+    "loop-1000",
+    "memory-budget",
+    "memory-save",
+    "open",
+    "open-orbax",
+    "list",
+    "list-orbax",
+    "checksums",
+)
+
 
 class Metric(NamedTuple):
-    """One figure of a contender.
+    """One column of a table of trials.
 
     Attributes:
-        label: in ratios.
-        heading: in tables.
-        operation: "save", "restore cold" or "restore warm".
-        value: from a trial; smaller is better. None where the trial has no such figure.
+        heading: of the column.
+        operation: whose trials it is about.
+        value: from a trial; smaller is better.
         unit: "s" for seconds, "x" for a multiple of the workload's bytes, "" for a count.
-        is_compared: has a line among the ratios.
     """
 
-    label: str
     heading: str
     operation: str
     value: Callable[[Trial], float]
     unit: str
-    is_compared: bool
 
 
-def _seconds(trial: Trial) -> float:
-    return trial["seconds"]
-
-
-def _peak_over_stored(trial: Trial) -> float:
-    return trial["peak_extra_bytes"] / trial["stored_bytes"]
-
-
-def _peak_over_arrays(trial: Trial) -> float:
-    # The raw contenders fill one copy of the bytes, whatever the number of devices.
-    arrays_bytes = trial["stored_bytes"] if trial["family"] == "raw" else trial["device_bytes"]
-    return trial["peak_extra_bytes"] / arrays_bytes
-
-
-def _written(trial: Trial) -> float:
-    return trial["call_write_bytes"] / trial["stored_bytes"]
-
-
-def _read_by_calls(trial: Trial) -> float:
-    return trial["call_read_bytes"] / trial["stored_bytes"]
-
-
-def _read_from_storage(trial: Trial) -> float:
-    return trial["storage_read_bytes"] / trial["stored_bytes"]
-
-
-def _file_count(trial: Trial) -> float:
-    return trial["file_count"]
+def _over_stored(field: str) -> Callable[[Trial], float]:
+    return lambda trial: trial[field] / trial["stored_bytes"]
 
 
 METRICS = (
-    Metric("save", "save s", "save", _seconds, "s", is_compared=True),
-    Metric("peak memory of save", "memory", "save", _peak_over_stored, "x", is_compared=True),
-    Metric("bytes written", "written", "save", _written, "x", is_compared=False),
-    Metric("files", "files", "save", _file_count, "", is_compared=False),
-    Metric("cold restore", "cold restore s", "restore cold", _seconds, "s", is_compared=True),
-    Metric("bytes from storage", "from storage", "restore cold", _read_from_storage, "x", is_compared=False),
-    Metric("warm restore", "warm restore s", "restore warm", _seconds, "s", is_compared=True),
-    Metric("peak memory of restore", "memory", "restore warm", _peak_over_arrays, "x", is_compared=True),
-    Metric("bytes of read calls", "read calls", "restore warm", _read_by_calls, "x", is_compared=False),
+    Metric("save s", "save", ratios.seconds, "s"),
+    Metric("memory", "save", _over_stored("peak_extra_bytes"), "x"),
+    Metric("written", "save", _over_stored("call_write_bytes"), "x"),
+    Metric("files", "save", lambda trial: trial["file_count"], ""),
+    Metric("cold restore s", "restore cold", ratios.seconds, "s"),
+    Metric("from storage", "restore cold", _over_stored("storage_read_bytes"), "x"),
+    Metric("warm restore s", "restore warm", ratios.seconds, "s"),
+    Metric("memory", "restore warm", figures.peak_over_arrays, "x"),
+    Metric("read calls", "restore warm", _over_stored("call_read_bytes"), "x"),
 )
 
 LEGEND = (
@@ -96,45 +113,40 @@ LEGEND = (
 )
 
 RATIO_LEGEND = (
-    "Ratios: how many times as fast as the other, or how many times the other's memory; median [min-max] of "
-    "the ratios within each repetition, then the two medians. Raw is the raw contender with the best median "
-    "for that figure, and the best Orbax likewise."
+    "Ratios: how many times as fast as the other; median [min-max] of the ratios within each repetition. The "
+    "other is the one of its kind with the best median for that operation: of the raw contenders, of Orbax "
+    "tuned (no compression), of Orbax with its defaults, of all other libraries."
+)
+
+VERDICT_LEGEND = (
+    "Measured: median [min-max] of the repetitions, or the number of a study. Bounds on memory hold for the "
+    "worst trial, all others for the median. What misses its target is **bold**."
 )
 
 
-class Group(NamedTuple):
-    """The trials of one workload on one storage directory, and how they are called."""
-
-    workload: str
-    description: str
-    storage: str
-    trials: list[Trial]
+def groups(run: Run) -> list[Group]:
+    """The groups of one run, for `plain_text`."""
+    return ratios.groups(run)
 
 
-def groups(results: dict[str, Any]) -> list[Group]:
-    """Splits the trials of a run by workload and storage, in the order of the run."""
-    found: dict[tuple[str, str], list[Trial]] = {}
-    for trial in results["trials"]:
-        found.setdefault((trial["workload"], trial["storage"]), []).append(trial)
-    descriptions = results["meta"]["workloads"]
-    return [
-        Group(workload, descriptions[workload], storage, trials)
-        for (workload, storage), trials in found.items()
-    ]
+# --- numbers ------------------------------------------------------------------------------------------------
 
 
-def _contender_names(trials: Iterable[Trial]) -> list[str]:
-    order = {trial["contender"]: trial["contender_order"] for trial in trials}
-    return sorted(order, key=order.__getitem__)
+def _number(value: float) -> str:
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
-def _values(trials: Iterable[Trial], contender: str, metric: Metric) -> dict[int, float]:
-    """The values of a metric by repetition."""
-    return {
-        trial["repetition"]: metric.value(trial)
-        for trial in trials
-        if trial["contender"] == contender and trial["operation"] == metric.operation
-    }
+def _spread(values: Sequence[float]) -> str:
+    """The median, and the range where it can be seen."""
+    middle, low, high = map(_number, (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} [{low}-{high}]"
+
+
+# --- tables of trials ---------------------------------------------------------------------------------------
 
 
 def _headings(metric: Metric) -> list[str]:
@@ -156,191 +168,357 @@ def _cells(values: Sequence[float], metric: Metric, stored_bytes: int) -> list[s
 
 def table(group: Group) -> list[list[str]]:
     """The rows of a group's table, the header first."""
-    metrics = [metric for metric in METRICS if _has_values(group.trials, metric)]
-    stored_bytes = group.trials[0]["stored_bytes"]
+    present = {trial["operation"] for trial in group.trials}
+    metrics = [metric for metric in METRICS if metric.operation in present]
     rows = [["contender", *(heading for metric in metrics for heading in _headings(metric)), "runs"]]
-    for name in _contender_names(group.trials):
+    for name in ratios.contender_names(group.trials):
+        trials = [trial for trial in group.trials if trial["contender"] == name]
         cells = []
         for metric in metrics:
-            values = list(_values(group.trials, name, metric).values())
-            cells += _cells(values, metric, stored_bytes)
-        repetitions = {trial["repetition"] for trial in group.trials if trial["contender"] == name}
-        rows.append([name, *cells, str(len(repetitions))])
+            found = ratios.values(trials, name, metric.operation, metric.value)
+            cells += _cells(list(found.values()), metric, trials[0]["stored_bytes"])
+        rows.append([name, *cells, str(len({trial["repetition"] for trial in trials}))])
     return rows
 
 
-def _has_values(trials: Iterable[Trial], metric: Metric) -> bool:
-    return any(trial["operation"] == metric.operation for trial in trials)
-
-
-def _best(group: Group, family: str, metric: Metric) -> str | None:
-    """The contender of a family with the smallest median."""
-    medians = {}
-    for name in _contender_names(trial for trial in group.trials if trial["family"] == family):
-        values = _values(group.trials, name, metric)
-        if values:
-            medians[name] = statistics.median(values.values())
-    if not medians:
-        return None
-    return min(medians, key=medians.__getitem__)
-
-
-class Ratio(NamedTuple):
-    """jaxckpt against one other contender.
-
-    Attributes:
-        metric: what is compared.
-        own: median of jaxckpt.
-        others: median of the other.
-        family: of the other.
-        other: its name.
-        median, low, high: other / jaxckpt for seconds, jaxckpt / other for memory.
-    """
-
-    metric: Metric
-    own: float
-    others: float
-    family: str
-    other: str
-    median: float
-    low: float
-    high: float
-
-
-def ratios(group: Group) -> list[Ratio]:
-    """Compares jaxckpt with the best raw and the best Orbax contender, for each metric that is compared."""
-    found = []
-    for metric in METRICS:
-        own = _values(group.trials, "jaxckpt", metric)
-        if not metric.is_compared or not own:
-            continue
-        for family in ("raw", "orbax"):
-            if family == "raw" and metric.unit != "s":  # the raw contenders have no devices to fill
-                continue
-            name = _best(group, family, metric)
-            if name is None:
-                continue
-            other = _values(group.trials, name, metric)
-            quotients = _quotients(own, other, metric)
-            if quotients:
-                found.append(
-                    Ratio(
-                        metric,
-                        own=statistics.median(own.values()),
-                        others=statistics.median(other.values()),
-                        family=family,
-                        other=name,
-                        median=statistics.median(quotients),
-                        low=min(quotients),
-                        high=max(quotients),
-                    )
-                )
+def comparison(group: Group) -> dict[str, dict[str, Ratio]]:
+    """By operation, how many times as fast jaxckpt is as the best opponent of each kind."""
+    found: dict[str, dict[str, Ratio]] = {}
+    for operation in OPERATIONS:
+        for opponent in COMPARED:
+            ratio = ratios.speed_ratio(group, opponent, operation)
+            if ratio is not None:
+                found.setdefault(operation, {})[opponent] = ratio
     return found
 
 
-def _quotients(own: dict[int, float], other: dict[int, float], metric: Metric) -> list[float]:
-    """The ratio in each repetition that both have."""
-    quotients = []
-    for repetition in sorted(own.keys() & other.keys()):
-        if metric.unit == "s":
-            upper, lower = other[repetition], own[repetition]
-        else:
-            upper, lower = own[repetition], other[repetition]
-        if lower > 0:
-            quotients.append(upper / lower)
-    return quotients
+def _comparison_table(group: Group) -> list[list[str]]:
+    found = comparison(group)
+    if not found:
+        return []
+    opponents = [name for name in COMPARED if any(name in by_kind for by_kind in found.values())]
+    rows = [["times as fast as", *opponents]]
+    for operation, by_kind in found.items():
+        cells = ["-"] * len(opponents)
+        for column, opponent in enumerate(opponents):
+            if opponent in by_kind:
+                ratio = by_kind[opponent]
+                cells[column] = f"{_spread(ratio.values)} {ratio.other}"
+        rows.append([operation, *cells])
+    return rows
 
 
-def _ratio_text(ratio: Ratio) -> str:
-    other = f"raw ({ratio.other})" if ratio.family == "raw" else f"the best Orbax ({ratio.other})"
-    spread = f"{ratio.median:.2f} [{ratio.low:.2f}-{ratio.high:.2f}]"
-    if ratio.metric.unit == "s":
-        return f"{ratio.metric.label}: {spread} x as fast as {other}: {ratio.own:.3f} s, {ratio.others:.3f} s"
-    return f"{ratio.metric.label}: {spread} x that of {other}: {ratio.own:.2f}x, {ratio.others:.2f}x"
-
-
-def _notes(results: dict[str, Any], group: Group) -> list[str]:
-    """What is missing from a group, and why."""
+def _notes(run: Run, workload: str | None, storage: str | None) -> list[str]:
+    """What is missing from a workload, and why; without one what is missing from the whole run."""
     return [
-        f"{note['contender']}: {note['text']}"
-        for note in results["notes"]
-        if note["workload"] in (None, group.workload) and note["storage"] in (None, group.storage)
+        f"{note['contender']}: {note['text'].splitlines()[0]}"
+        for note in run["notes"]
+        if note["workload"] == workload and (note["storage"] is None or note["storage"] == storage)
     ]
 
 
-def plain_text(results: dict[str, Any], group: Group) -> str:
-    """A group's table, ratios and notes for a terminal."""
-    rows = table(group)
+# --- tables of studies --------------------------------------------------------------------------------------
+
+
+def study_table(study: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of a study's table, the header first."""
+    columns = list(study["columns"])
+    return [columns, *([_study_cell(row, column) for column in columns] for row in study["rows"])]
+
+
+def _study_cell(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        return "-"
+    if isinstance(value, str | bool):
+        return str(value)
+    text = f"{value:,}" if isinstance(value, int) else _number(value)
+    low, high = row.get(f"{column} min"), row.get(f"{column} max")
+    return text if low is None or high is None or low == high else f"{text} [{_number(low)}-{_number(high)}]"
+
+
+# --- for a terminal -----------------------------------------------------------------------------------------
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"{group.workload} on {group.storage}: {group.description}", ""]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells))
-    lines.append("")
-    lines += [f"  jaxckpt {_ratio_text(ratio)}" for ratio in ratios(group)]
-    lines += [f"  note: {note}" for note in _notes(results, group)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def plain_text(results: Run, group: Group) -> str:
+    """A group's table, ratios and notes for a terminal."""
+    lines = [f"{group.workload} on {group.storage}: {group.description}", "", *_aligned(table(group))]
+    rows = _comparison_table(group)
+    if rows:
+        lines += ["", *_aligned(rows)]
+    for note in _notes(results, None, None) + _notes(results, group.workload, group.storage):
+        lines.append(f"  note: {note}")
     return "\n".join(lines)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Renders RESULTS.md: the run's surroundings, then a table, the ratios and the notes of each group."""
-    meta = results["meta"]
-    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+def study_text(study: Mapping[str, Any]) -> str:
+    """A study's table, figures and notes for a terminal; takes the fields of a `StudyResult`."""
+    place = f" on {study['storage']}" if study["storage"] else ""
+    lines = [f"{study['name']}{place}: {study['title']}", "", *_aligned(study_table(study))]
+    lines += ["", *(f"  {name}: {_number(value)}" for name, value in study["figures"].items())]
+    lines += [f"  note: {note}" for note in study["notes"]]
+    return "\n".join(lines)
+
+
+# --- RESULTS.md ---------------------------------------------------------------------------------------------
+
+
+def markdown(results: Results, remarks: Mapping[str, str]) -> str:
+    """RESULTS.md: the figures, what was run and where, then a table for each group and each study."""
     lines = [
         "# Results",
         "",
-        "Written by `python -m benchmarks.report` from a run of `python -m benchmarks.run`.",
-        "",
-        f"* machine: {meta['machine']}",
-        f"* device: {meta['device']}",
-        f"* versions: {versions}",
-        f"* commit: {meta['commit']}",
-        f"* command: `{meta['command']}`",
-        f"* date: {meta['date']}",
-        "",
-        LEGEND,
-        "",
-        RATIO_LEGEND,
-        "",
-        "Durable when `save` returns:",
-        "",
-        *(f"* {name}: {text}" for name, text in meta["durability"].items()),
+        "Written by `python -m benchmarks.report` from runs of `python -m benchmarks.run`.",
     ]
-    for group in groups(results):
-        header, *rows = table(group)
+    if any(SMALL_SIZE.search(run["meta"]["command"]) for run in results.runs):
+        lines += ["", "**With small sizes (`--quick`), for which the targets are not meant.**"]
+    lines += _figures_section(figures.check(results), remarks)
+    lines += _runs_section(results)
+    for group in results.groups:
         lines += ["", f"## {group.workload} on {group.storage}", "", f"{group.description}.", ""]
-        lines.append(_markdown_row(header))
-        lines.append(_markdown_row(["---"] + ["--:"] * (len(header) - 1)))
-        lines += [_markdown_row(row) for row in rows]
-        found = ratios(group)
-        if found:
-            lines += ["", *(f"* jaxckpt {_ratio_text(ratio)}" for ratio in found)]
-        notes = _notes(results, group)
+        lines += _markdown_table(table(group))
+        rows = _comparison_table(group)
+        if rows:
+            lines += ["", *_markdown_table(rows)]
+        notes = _notes(group.run, group.workload, group.storage)
         if notes:
-            lines += ["", *(f"* note: {note.splitlines()[0]}" for note in notes)]
+            lines += ["", *(f"* {note}" for note in notes)]
+    for study in results.studies:
+        lines += _study_section(study)
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _figures_section(checks: Sequence[Check], remarks: Mapping[str, str]) -> list[str]:
+    measured = [check for check in checks if check.measured is not None]
+    missed = [check for check in measured if not check.is_met]
+    met_count = len(measured) - len(missed)
+    rows = [["", "figure", "target", "on", "measured", "met"]]
+    for figure in figures.FIGURES:
+        rows += _figure_rows([check for check in measured if check.figure is figure])
+    lines = [
+        "",
+        "## Figures",
+        "",
+        f"{met_count} of {len(measured)} measurements meet their target. {VERDICT_LEGEND}",
+    ]
+    lines += ["", *_markdown_table(rows, right=())]
+    if missed:
+        lines += ["", "Missed:", "", *_reasons(missed, remarks)]
+    absent: dict[str, list[str]] = {}
+    for check in checks:
+        if check.measured is None:
+            absent.setdefault(f"{check.figure.topic}: {check.figure.sentence}", []).append(check.place)
+    if absent:
+        lines += [
+            "",
+            "Not measured:",
+            "",
+            *(f"* {name} ({', '.join(places)})" for name, places in absent.items()),
+        ]
+    return lines
 
 
-def write_json(results: dict[str, Any], path: Path) -> None:
-    """Replaces the file as a whole, so that a run that is stopped leaves its last complete repetition."""
+def _figure_rows(checks: Sequence[Check]) -> list[list[str]]:
+    """A row for each storage that one figure was measured on."""
+    by_storage: dict[str, list[Check]] = {}
+    for check in checks:
+        by_storage.setdefault(check.measurement.storage, []).append(check)
+    rows = []
+    for storage, found in by_storage.items():
+        figure = found[0].figure
+        met_count = sum(check.is_met for check in found)
+        verdict = "yes" if met_count == len(found) else f"{met_count} of {len(found)}"
+        cells = "<br>".join(_check_cell(check) for check in found)
+        rows.append([figure.topic, figure.sentence, _target_text(figure), storage, cells, verdict])
+    return rows
+
+
+def _target_text(figure: Figure) -> str:
+    text = f"{figure.relation} {figure.target:g}"
+    return " ".join(part for part in (text, figure.unit, figure.condition) if part)
+
+
+def _check_cell(check: Check) -> str:
+    text = _spread(check.measurement.values)
+    if check.figure.unit not in ("", "x"):
+        text += f" {check.figure.unit}"
+    if not check.is_met:
+        text = f"**{text}**"
+    return f"{check.measurement.subject} {text}".strip()
+
+
+def _reasons(missed: Iterable[Check], remarks: Mapping[str, str]) -> list[str]:
+    """What is said about each miss; misses of one figure with the same remark stand together."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for check in missed:
+        figure = check.figure
+        assert check.measured is not None
+        text = f"{check.place} {check.measured:.3g}, not {figure.relation} {check.target:g}"
+        places.setdefault((f"{figure.topic}: {figure.sentence}", _remark(check, remarks)), []).append(text)
+    return [f"* {name} ({'; '.join(found)}): {remark}" for (name, remark), found in places.items()]
+
+
+def _remark(check: Check, remarks: Mapping[str, str]) -> str:
+    named = f"{check.figure.id}/{check.place}"
+    fitting = [
+        key for key in remarks if key in (check.figure.id, named) or named.startswith((f"{key} ", f"{key},"))
+    ]
+    return remarks[max(fitting, key=len)] if fitting else "No reason is known yet."
+
+
+def _runs_section(results: Results) -> list[str]:
+    lines = ["", "## Runs"]
+    durability: dict[str, str] = {}
+    holds: dict[str, str] = {}
+    for run in results.runs:
+        meta = run["meta"]
+        durability |= meta["durability"]
+        holds |= meta.get("holds", {})
+        versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+        lines += [
+            "",
+            f"* commit: {meta['commit']}, {meta['date']}",
+            f"* command: `{meta['command']}`",
+            f"* machine: {meta['machine']}",
+            f"* device: {meta['device']}",
+            f"* versions: {versions}",
+            *(f"* {note}" for note in _notes(run, None, None) + _notes_without_table(run)),
+        ]
+    rows = [["contender", "its arrays are on", "durable when `save` returns"]]
+    rows += [[name, holds.get(name, "-"), text] for name, text in durability.items()]
+    return [*lines, "", LEGEND, "", RATIO_LEGEND, "", *_markdown_table(rows, right=())]
+
+
+def _notes_without_table(run: Run) -> list[str]:
+    """About workloads and studies of which nothing was measured at all, or not on that storage."""
+    places = {(trial["workload"], storage) for trial in run["trials"] for storage in (None, trial["storage"])}
+    return [
+        f"{note['workload']}: {note['text'].splitlines()[0]}"
+        for note in run["notes"]
+        if note["workload"] is not None and (note["workload"], note["storage"]) not in places
+    ]
+
+
+def _study_section(study: Study) -> list[str]:
+    place = f" on {study['storage']}" if study["storage"] else ""
+    lines = [
+        "",
+        f"## {study['name']}{place}",
+        "",
+        f"{study['title']}.",
+        "",
+        *_markdown_table(study_table(study)),
+    ]
+    if study["figures"]:
+        lines += ["", *(f"* {name}: {_number(value)}" for name, value in study["figures"].items())]
+    if study["notes"]:
+        lines += ["", *(f"* {note}" for note in study["notes"])]
+    return lines
+
+
+def _markdown_table(rows: Sequence[Sequence[str]], right: Iterable[int] | None = None) -> list[str]:
+    """Right: the columns of numbers; all but the first if not given."""
+    header, *body = rows
+    chosen = range(1, len(header)) if right is None else set(right)
+    rule = ["--:" if column in chosen else "---" for column in range(len(header))]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *body)]
+
+
+# --- README.md ----------------------------------------------------------------------------------------------
+
+
+def readme_lines(results: Results) -> list[str]:
+    """The main ratios on disk, and the main figures of the studies."""
+    opponents = {
+        "raw": "raw I/O",
+        "tuned Orbax": "tuned Orbax",
+        "default Orbax": "Orbax by default",
+        "other": "other libraries",
+    }
+    rows = [["on disk", "jaxckpt", *(f"vs {heading}" for heading in opponents.values())]]
+    for (workload, operation), label in README_ROWS.items():
+        for group in results.groups:
+            own = ratios.values(group.trials, ratios.OWN, operation)
+            if group.workload != workload or group.is_in_memory or not own:
+                continue
+            found = [ratios.speed_ratio(group, opponent, operation) for opponent in opponents]
+            cells = [f"{_number(ratio.median)} x" if ratio else "-" for ratio in found]
+            rows.append([label, f"{_number(statistics.median(own.values()))} s", *cells])
+    lines = _markdown_table(rows) if len(rows) > 1 else []
+    rows = [["on disk", "measured", "target"]]
+    checks = [
+        check
+        for check in figures.check(results)
+        if check.measured is not None and not check.measurement.storage.endswith(ratios.MEMORY_STORAGE)
+    ]
+    for figure_id in README_FIGURES:
+        for _, sentence, target, _, cells, _ in _figure_rows(
+            [each for each in checks if each.figure.id == figure_id]
+        ):
+            rows.append([sentence, cells, target])
+    if len(rows) > 1:
+        lines += ["", *_markdown_table(rows, right=())]
+    return lines
+
+
+def write_readme(results: Results, path: Path) -> None:
+    """Replaces what stands between the two markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, start, rest = path.read_text().partition(README_START)
+    _, end, after = rest.partition(README_END)
+    if not end:
+        raise ValueError(f"{path} has no lines {README_START} and {README_END}")
+    path.write_text("\n".join([before + start, "", *readme_lines(results), "", end + after]))
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def write_json(results: Run, path: Path) -> None:
+    """Replaces the file as a whole, so that a run that is stopped leaves its last complete repetition.
+
+    Each trial, note and study has one line.
+    """
+    parts = [f'"meta": {json.dumps(results["meta"], indent=1)}']
+    for name, value in results.items():
+        if name != "meta":
+            parts.append(f'"{name}": [\n' + ",\n".join(json.dumps(record) for record in value) + "\n]")
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
     temporary.replace(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Renders RESULTS.md from a results file.")
-    parser.add_argument("results", nargs="?", type=Path, default=DEFAULT_RESULTS)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Writes RESULTS.md.")
+    parser.add_argument(
+        "results", nargs="*", type=Path, metavar="FILE", help="results; default: of this folder"
+    )
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    target = arguments.results.with_name("RESULTS.md")
-    target.write_text(markdown(results))
+    paths = arguments.results or ratios.default_paths()
+    results = ratios.load(paths)
+    target = paths[0].with_name("RESULTS.md")
+    target.write_text(markdown(results, read_remarks()))
     print(f"wrote {target}")
+    if not arguments.results:
+        write_readme(results, README)
+        print(f"wrote {README}")
+
+
+def read_remarks() -> dict[str, str]:
+    return json.loads(REMARKS.read_text())
 
 
 if __name__ == "__main__":

@@ -55,14 +55,15 @@ from benchmarks import measure
 from benchmarks.trial import REPOSITORY
 from jaxckpt._collective import Outline, outline_leaf
 from jaxckpt._config import BLOCK_BYTES, PIECE_BYTES, SPLIT_BYTES_MIN, SaveOptions
+from jaxckpt._encoding import encode_manifest, parse_manifest
 from jaxckpt._keys import flatten
 from jaxckpt._layout import Share, WritePlan, plan_writes
 from jaxckpt._leaves import Template, _array_template
-from jaxckpt._manifest import CHECKSUM_BYTES, NO_CHUNKS, Manifest, PartEntry, encode_manifest, parse_manifest
+from jaxckpt._manifest import NO_CHUNKS, Manifest, PartEntry
 from jaxckpt._ownership import share_writes
 from jaxckpt._parts import encode_part, parse_part
 from jaxckpt._shardings import describe_sharding
-from jaxckpt._tables import ChunkTable
+from jaxckpt._tables import CHECKSUM_BYTES, ChunkTable
 from jaxckpt._zarr import leaf_directory
 
 T = TypeVar("T")

@@ -25,6 +25,7 @@ import jax
 
 from benchmarks import contenders, measure, workloads
 from benchmarks.contenders import UnsupportedHereError
+from benchmarks.workloads import Size
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,9 +41,9 @@ class Request:
 
     Attributes:
         operation: save to `path`, or restore from it.
-        contender: its name.
+        contender: its address.
         workload: its name.
-        quick: the small size of the workload.
+        size: of the workload.
         seed: of the values.
         path: of the checkpoint.
         answer: file for the answer.
@@ -51,7 +52,7 @@ class Request:
     operation: Literal["save", "restore"]
     contender: str
     workload: str
-    quick: bool
+    size: Size
     seed: int
     path: str
     answer: str
@@ -71,9 +72,10 @@ def run_in_process(request: Request, timeout_s: float) -> dict[str, Any]:
         UnsupportedHereError: the machine can't do it.
         TrialError: see there.
     """
-    workload = workloads.find_workload(request.workload, quick=request.quick)
+    workload = workloads.find_workload(request.workload, request.size)
+    axes = workload.save_axes if request.operation == "save" else workload.restore_axes
     command = [sys.executable, "-m", "benchmarks.trial", json.dumps(dataclasses.asdict(request))]
-    answer = _run_child(command, workload.device_count, Path(request.answer), timeout_s)
+    answer = _run_child(command, workloads.device_count(axes), Path(request.answer), timeout_s)
     if "unsupported" in answer:
         raise UnsupportedHereError(answer["unsupported"])
     if answer.get("problems"):
@@ -116,7 +118,7 @@ def _run_child(command: list[str], device_count: int, answer_path: Path, timeout
 
 def _save(request: Request) -> dict[str, Any]:
     contender = contenders.find_contender(request.contender)
-    workload = workloads.find_workload(request.workload, quick=request.quick)
+    workload = workloads.find_workload(request.workload, request.size)
     path = Path(request.path)
     contenders.load_modules(contender)
     source = contender.source(workload, request.seed)
@@ -127,10 +129,10 @@ def _save(request: Request) -> dict[str, Any]:
 
 def _restore(request: Request) -> dict[str, Any]:
     contender = contenders.find_contender(request.contender)
-    workload = workloads.find_workload(request.workload, quick=request.quick)
+    workload = workloads.find_workload(request.workload, request.size)
     path = Path(request.path)
     contenders.load_modules(contender)
-    target = contender.target(workload)
+    target = contender.target(workload, request.seed)
     restored, usage = measure.measure(lambda: contender.restore(path, target))
     problems = contender.problems(workload, request.seed, restored)
     return dataclasses.asdict(usage) | {"problems": problems[:PROBLEMS_MAX]}
