@@ -19,6 +19,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _exchange     which leaves a group of processes reads once and moves between devices
     _bundling     small leaves that a group reads once and gathers together
     _saving       one save from the tree to the commit
+    _planning     all of a save that does not depend on the values, remembered; pure
     _restoring    one restore from the manifest to the tree
     _collective   what processes tell each other so that all of them save one checkpoint, or none
     _reading      Checkpoint and StoredLeaf: an open checkpoint as NumPy arrays
@@ -45,8 +46,10 @@ The modules, in the order in which to read them. Each imports only from those th
     _layout       shape, dtype and sharding -> chunks, packs and pieces; pure
     _parts        which process wrote a chunk, and where it lies
     _zarr         the zarr.json objects; pure
-    _manifest     the records of the manifest, their encoding, parsing and validation; pure
+    _encoding     the bytes of the manifest: written, parsed and validated; pure
+    _manifest     the records of the manifest; pure
     _tables       the tables of chunks, and whether they are possible; pure
+    _values       Python values in the manifest; pure
     _leader       process 0 decides for the managers of all processes
     _processes    the processes of a jax.distributed job: telling, agreeing, failing together
     _indexing     basic indexing -> boxes; pure

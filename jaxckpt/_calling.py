@@ -28,7 +28,7 @@ import numpy as np
 
 from ._errors import FormatError, MismatchError, Problem, list_problems
 from ._keys import LEAF_NODE, FlatTree, flatten, rebuild
-from ._manifest import ProgramEntry, decode_value
+from ._manifest import ProgramEntry
 from ._placement import with_weak_type
 from ._programs import (
     LeafForm,
@@ -41,6 +41,7 @@ from ._programs import (
     unwrap,
     wrap,
 )
+from ._values import decode_value
 
 # Older versions crash when they load linear algebra for the CPU (jax issue 29610, mended by pull request 33522).
 _JAX_MIN = (0, 10)

@@ -220,12 +220,14 @@ def restore(
     reshape: bool = False,
     items: Mapping[str, Any] | None = None,
     exchange: bool | None = None,
+    mmap: bool = False,
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
     """Reads a checkpoint back as a pytree, bit for bit, onto whatever devices are there.
 
-    Every byte is verified before it is used. Each chunk is read once, however many devices need it.
+    Every byte is verified before it is used, except with ``mmap=True``. Each chunk is read once, however many devices
+    need it.
 
     Without ``like`` the tree is rebuilt from the manifest: dicts, lists, tuples, None and OrderedDict exactly,
     namedtuples by their fields, other nodes as dicts of theirs. With ``like``, its node types come back.
@@ -258,6 +260,15 @@ def restore(
         devices by XLA. None: when the processes would otherwise read more than 1.5 times the bytes of the leaves, and
         each more than 128 KiB too much. What is wanted as NumPy arrays or Python values is read by each process in any
         case.
+      mmap: Whether arrays on CPU may show the stored files instead of holding a copy, which takes milliseconds however
+        large they are: a page is fetched when it is first used. That holds for boxes that are made of whole chunks of
+        local files (on Linux); all else, and everything for other devices, is read and verified as usual.
+        `RestoreReport.mapped` and the log say of which leaves it held. What is mapped is *not verified*, and it is only
+        as stable as the files. Damage on disk becomes wrong values; `verify` of the same open `Checkpoint` finds it.
+        Whoever overwrites a file in place changes the arrays, whoever truncates one ends the process when it touches
+        them (SIGBUS), as does a disk that cannot read. Deleting the checkpoint is harmless, and so is replacing it with
+        ``overwrite=True``. The files never change: what is written into the arrays' memory (by a computation that they
+        are donated to, or into NumPy arrays) goes to private copies of its pages.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 
@@ -304,11 +315,14 @@ def restore(
         )
         check_items(items or {}, checkpoint.items if items else {}, checkpoint.path)
         targets = choose_targets(checkpoint, wanted, mesh, sharding)
-        tree = wanted.fill(_restore_targets(checkpoint, wanted, targets, options, together, exchange))
+        mapped: set[int] | None = set() if mmap else None
+        tree = wanted.fill(_restore_targets(checkpoint, wanted, targets, options, together, exchange, mapped))
         bytes_read = checkpoint.bytes_read - bytes_before
         group_bytes_read = bytes_read if together is None else together.end(bytes_read)
     if items:
         load_items(items, checkpoint.items, checkpoint.path)
+    if not (report or _log.isEnabledFor(logging.INFO)):
+        return tree
     done = report_restore(
         checkpoint,
         wanted,
@@ -316,9 +330,16 @@ def restore(
         bytes_read=bytes_read,
         group_bytes_read=group_bytes_read,
         seconds=time.perf_counter() - began_s,
+        mapped=mapped or (),
     )
+    unread = f", {len(done.mapped)} of them mapped" if mmap else ""
     _log.info(
-        "restored %s: %d leaves, %d bytes in %.3f s", done.path, len(targets), done.nbytes, done.seconds
+        "restored %s: %d leaves%s, %d bytes in %.3f s",
+        done.path,
+        len(targets),
+        unread,
+        done.nbytes,
+        done.seconds,
     )
     return (tree, done) if report else tree
 
@@ -358,6 +379,7 @@ def _restore_targets(
     options: RestoreOptions,
     together: CollectiveRestore | None,
     exchange: bool | None,
+    mapped: set[int] | None,
 ) -> dict[int, Any]:
     processes = 1 if together is None else together.count_machine_mates()
     group = current_group()
@@ -365,15 +387,19 @@ def _restore_targets(
     host_bytes_max = resolve_host_bytes_max(options.host_bytes_max, processes)
     plan = plan_restore(checkpoint, targets, host_bytes_max, options.io_threads)
     if together is None:
-        return restore_targets(checkpoint, plan, options.io_threads, process)
+        return restore_targets(checkpoint, plan, options.io_threads, process, mapped)
+    if mapped is not None and exchange is None:
+        exchange = False  # what is mapped is not read at all
     outline = outline_restore(checkpoint, wanted, targets)
-    outline = dataclasses.replace(outline, call=outline.call | {"exchange": exchange})
+    outline = dataclasses.replace(
+        outline, call=outline.call | {"exchange": exchange, "mmap": mapped is not None}
+    )
     group_bytes = together.begin(outline, plan.nbytes)
     if not is_exchange_wanted(checkpoint, plan, group_bytes, exchange):
-        return restore_targets(checkpoint, plan, options.io_threads, process)
+        return restore_targets(checkpoint, plan, options.io_threads, process, mapped)
     moved = plan_exchange(checkpoint, plan, together, exchange, host_bytes_max, options.device_bytes_max)
     if moved.numbers:
         rest = {number: target for number, target in targets.items() if number not in moved.numbers}
         plan = plan_restore(checkpoint, rest, host_bytes_max, options.io_threads)
-    restored = restore_targets(checkpoint, plan, options.io_threads, process)
+    restored = restore_targets(checkpoint, plan, options.io_threads, process, mapped)
     return restored | moved.run(options.io_threads)

@@ -38,15 +38,9 @@ from typing import final
 
 import xxhash
 
+from ._encoding import MANIFEST_BYTES_MAX, encode_manifest, parse_manifest
 from ._errors import CheckpointError, ExistsError
-from ._manifest import (
-    MANIFEST_BYTES_MAX,
-    MANIFEST_NAME,
-    Manifest,
-    StoredObject,
-    encode_manifest,
-    parse_manifest,
-)
+from ._manifest import MANIFEST_NAME, Manifest, StoredObject
 from ._store import Hold, Store, cut_off_name
 from ._zarr import METADATA_NAME, group_metadata
 

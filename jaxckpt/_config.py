@@ -8,7 +8,7 @@ from typing import Literal
 
 MIB = 1 << 20
 
-Staging = Literal["auto", "pool", "pinned"]
+Staging = Literal["auto", "pool", "pinned", "device"]
 
 # A block is what one checksum covers and so the least that a partial read fetches. One MiB costs 16 bytes of
 # manifest for each MiB stored, and xxh3 runs at 20 to 30 GB/s on blocks of this size. Part of format 1.
@@ -40,9 +40,14 @@ class SaveOptions:
       host_bytes_max: Hard cap in bytes on staging memory, over all saves of the machine: processes of a group that
         run on one machine share it equally. A small cap only makes saving slower; `save_async` then waits for room
         before it returns. The floor is 2 MiB for each process. None: half of the machine's memory.
-      staging: ``"pinned"`` copies shards to pinned host memory with one batched transfer that runs after the
-        computation in flight (GPU, TPU). ``"pool"`` waits for the values and copies them into reused host
-        buffers (CPU). ``"auto"`` takes the one that the devices of the tree want.
+      staging: How the bytes leave the devices. ``"pool"`` waits for the values and copies them into reused host
+        buffers (CPU). ``"pinned"`` copies shards to pinned host memory with one batched transfer that runs after the
+        computation in flight (GPU, TPU); a step that donates them waits for it on the device. ``"device"`` copies
+        them on the device, and the copies to pinned host memory in the background: the step waits for the first
+        copy only and `save_async` for no room on the host, but device memory must hold the copies for as long as the
+        transfer takes; where it is refused, this is ``"pinned"``. ``"auto"``: ``"pool"`` on CPU; on accelerators
+        ``"device"`` if memory has room beside all that was in use at its peak, else ``"pinned"``. That is by
+        reasoning: ``python -m benchmarks.gpu`` measures it. In a blocking `save` ``"device"`` is ``"pinned"``.
       io_threads: Threads that checksum and write. Default 4, also on two cores: as fast as 8 on a disk, where they
         mostly wait, and a tenth faster than 8 in memory (jaxckpt/DESIGN.md, "Input and output").
       timeout_s: Most seconds that a process of a group waits for the others at one point of a save. A failure is
@@ -54,7 +59,7 @@ class SaveOptions:
     pack_bytes_max: int = 4 * MIB
     host_bytes_max: int | None = None
     staging: Staging = "auto"
-    io_threads: int = 4
+    io_threads: int = 8
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -64,8 +69,8 @@ class SaveOptions:
         _require_at_least("timeout_s", self.timeout_s, 0)
         if self.host_bytes_max is not None:
             _require_at_least("host_bytes_max", self.host_bytes_max, 1)
-        if self.staging not in ("auto", "pool", "pinned"):
-            raise ValueError(f"staging must be 'auto', 'pool' or 'pinned', not {self.staging!r}")
+        if self.staging not in ("auto", "pool", "pinned", "device"):
+            raise ValueError(f"staging must be 'auto', 'pool', 'pinned' or 'device', not {self.staging!r}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ class RestoreOptions:
 
     Attributes:
       host_bytes_max: Cap in bytes on host memory beyond the arrays that are returned. On accelerators a restore
-        goes through the tree in waves of this size. The floor is 2 MiB. None: half of the machine's memory.
+        goes through the tree in waves, of which two fit. The floor is 2 MiB. None: half of the machine's memory.
       device_bytes_max: Most bytes that moving a leaf between processes (``exchange=``) may take on a device beyond
         the leaf itself; a leaf that needs more is read by each process. None: a quarter of what is free on the
         fullest device, and on CPU a device's share of ``host_bytes_max``. The least of all processes holds.

@@ -14,7 +14,7 @@ import concurrent.futures
 import errno
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -35,6 +35,11 @@ from ._tables import PIECE_ALIGNMENT
 _MOVABLE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 _ALIGNMENT = 64
+
+# Less than this is read in the time that mapping it takes.
+_MAPPED_BYTES_MIN = 256 << 10
+# A process may have 65,530 mappings on Linux, and has other uses for them.
+_MAPPED_UNITS_MAX = 16_384
 
 
 @final
@@ -58,7 +63,9 @@ class ReadExecutor:
         self._lock = threading.Lock()
         self._problems: list[Problem] = []
         self._scratch = threading.local()
+        self._mapped_units = 0
         self.bytes_read = 0
+        self.mapped_leaves: set[int] = set()
 
     @property
     def problems(self) -> list[Problem]:
@@ -98,10 +105,19 @@ class ReadExecutor:
             return None
         return data
 
-    def read(self, plan: ReadPlan) -> None:
-        """Fills the destinations of a plan. Damage is collected; see `raise_problems`."""
+    def read(self, plan: ReadPlan, mapped: Collection[int] = ()) -> None:
+        """Fills the destinations of a plan. Damage is collected; see `raise_problems`.
+
+        Args:
+          plan: What to read.
+          mapped: Leaves whose memory may show the objects themselves, unread and unverified; `mapped_leaves` says of
+            which it does.
+        """
         self._allocate(plan)
-        self._run(plan.units, self._read_unit)
+        units = plan.units
+        if mapped:
+            units = [unit for unit in units if not self._map_unit(unit, mapped)]
+        self._run(units, self._read_unit)
 
     def verify(self, plan: ReadPlan) -> None:
         """Reads and verifies without filling destinations."""
@@ -130,13 +146,17 @@ class ReadExecutor:
 
     def _allocate(self, plan: ReadPlan) -> None:
         """Takes memory for the destinations that are not packed chunks read in one go."""
-        adopted = {id(destination) for unit in plan.units for destination in _adopting(self._manifest, unit)}
+        # As far behind a page as the object is, for O_DIRECT and memory maps, where JAX can alias that.
+        offsets: dict[int, int] = {}
+        for unit in plan.units:
+            if unit.in_place is not None and (unit.offset - unit.in_place[1]) % _ALIGNMENT == 0:
+                offsets[id(unit.in_place[0])] = unit.offset - unit.in_place[1]
         shared = np.empty(0, np.uint8)
         for destination in plan.destinations:
-            if destination.buffer is not None or id(destination) in adopted:
+            if destination.is_chunk or destination.buffer is not None:
                 continue
             if destination.nbytes >= SHARED_ALLOCATION_BYTES:
-                destination.buffer = allocate_aligned(destination.nbytes)
+                destination.buffer = allocate_aligned(destination.nbytes, offsets.get(id(destination), 0))
                 continue
             if len(shared) < destination.nbytes:
                 shared = allocate_aligned(SHARED_ALLOCATION_BYTES)
@@ -144,31 +164,40 @@ class ReadExecutor:
             shared = shared[-(-destination.nbytes // _ALIGNMENT) * _ALIGNMENT :]
 
     def _read_unit(self, unit: Unit) -> None:
-        adopting = _adopting(self._manifest, unit)
-        if unit.in_place is not None:
-            destination, start = unit.in_place
-            assert destination.buffer is not None
-            buffer = destination.buffer[start : start + unit.length]
-        elif adopting:
-            buffer = allocate_aligned(unit.length, unit.offset)
-        else:
-            buffer = self._scratch_buffer(unit)
-        if not self._fill(unit, buffer):
-            return
-        for part in unit.parts:
-            if not self._verify_part(unit, part, buffer) or unit.in_place is not None:
-                continue
-            if part.targets[0][0] in adopting:
-                destination = part.targets[0][0]
-                destination.buffer = buffer[part.at : part.at + destination.nbytes]
-            else:
+        is_kept = unit.in_place is not None or any(part.first.is_chunk for part in unit.parts)
+        buffer = _kept_buffer(unit) if is_kept else self._scratch_buffer(unit)
+        for part in self._whole_parts(unit, buffer):
+            if part.first.is_chunk:
+                _keep(part, buffer)
+            elif unit.in_place is None:
                 self._scatter(part, buffer)
 
+    def _map_unit(self, unit: Unit, leaves: Collection[int]) -> bool:
+        """Lets the destinations show the object; False where only a copy will do."""
+        is_kept = unit.in_place is not None or all(part.first.is_chunk for part in unit.parts)
+        if (
+            not is_kept
+            or unit.length < _MAPPED_BYTES_MIN
+            or self._mapped_units == _MAPPED_UNITS_MAX
+            or any(part.leaf not in leaves for part in unit.parts)
+        ):
+            return False
+        buffer = _kept_buffer(unit)
+        try:
+            if not self._store.map_into(unit.object, unit.offset, buffer):
+                return False
+        except OSError:
+            return False  # reading finds out the same, and reports it
+        self._mapped_units += 1
+        for part in unit.parts:
+            self.mapped_leaves.add(part.leaf)
+            if part.first.is_chunk:
+                _keep(part, buffer)
+        return True
+
     def _verify_unit(self, unit: Unit) -> None:
-        buffer = self._scratch_buffer(unit)
-        if self._fill(unit, buffer):
-            for part in unit.parts:
-                self._verify_part(unit, part, buffer)
+        for _ in self._whole_parts(unit, self._scratch_buffer(unit)):
+            pass
 
     def _scratch_buffer(self, unit: Unit) -> Buffer:
         """Memory of the calling thread, reused from unit to unit; as far behind a page as the unit in its object."""
@@ -179,40 +208,44 @@ class ReadExecutor:
             self._scratch.buffer = held
         return held[lead : lead + unit.length]
 
-    def _fill(self, unit: Unit, buffer: Buffer) -> bool:
-        """Reads a unit; reports it and returns False when storage does not give it whole."""
-        try:
-            count = self._store.read_into(unit.object, unit.offset, buffer)
-        except OSError as error:
-            for part in unit.parts:
-                self._report_part(unit, part, _kind_of(error), _describe_os_error(error))
-            return False
-        self._count(count)
-        if count < unit.length:
-            for part in unit.parts:
-                self._report_part(unit, part, "length", f"the object ends at byte {unit.offset + count}")
-            return False
-        return True
+    def _whole_parts(self, unit: Unit, buffer: Buffer) -> Iterator[Part]:
+        """Reads a unit, and yields each part when it is read and verified; reports those that are damaged.
 
-    def _verify_part(self, unit: Unit, part: Part, buffer: Buffer) -> bool:
-        view = memoryview(buffer)[part.at : part.at + part.length]
-        first = part.first_block
-        for block in range(part.block_count):
-            data = view[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-            if xxhash.xxh3_128_digest(data) != part.place.table.checksum(part.place.row, first + block):
-                place = unit.offset + part.at + block * BLOCK_BYTES
-                self._report_part(
-                    unit, part, "checksum", f"the checksum of the block at byte {place} differs"
-                )
-                return False
-        return True
+        Each block is verified when it has come, and is still in the processor's cache: that costs less than half of
+        reading it from memory again.
+        """
+        view = memoryview(buffer)
+        steps = self._store.read_steps(unit.object, unit.offset, buffer)
+        filled = number = 0
+        try:
+            for part in unit.parts:
+                for block in range(part.run.block_count):
+                    start = part.at + block * BLOCK_BYTES
+                    end = min(start + BLOCK_BYTES, part.at + part.length)
+                    while filled < end:
+                        filled = next(steps)
+                    checksum = part.place.table.checksum(part.place.row, part.run.first_block + block)
+                    if xxhash.xxh3_128_digest(view[start:end]) != checksum:
+                        what = f"the checksum of the block at byte {unit.offset + start} differs"
+                        self._report_parts(unit, [part], "checksum", what)
+                        break
+                else:
+                    yield part
+                number += 1
+        except StopIteration:
+            what = f"the object ends at byte {unit.offset + filled}"
+            self._report_parts(unit, unit.parts[number:], "length", what)
+        except OSError as error:
+            self._report_parts(unit, unit.parts[number:], _kind_of(error), _describe_os_error(error))
+        finally:
+            self._count(filled)
 
     def _scatter(self, part: Part, buffer: Buffer) -> None:
         """Copies what the destinations want from verified blocks."""
         spec = self._manifest.spec(part.leaf)
         itemsize = spec.stored_itemsize
         chunk_lo = box_of_chunk(spec, self._manifest.chunk_index(part.leaf, part.chunk))[0]
-        first = part.first_block * BLOCK_BYTES // itemsize
+        first = part.run.start // itemsize
         last = min(first + part.length // itemsize, spec.chunk_nbytes // itemsize)
         elements = buffer[part.at : part.at + (last - first) * itemsize].view(_MOVABLE[itemsize])
         at = 0
@@ -238,14 +271,30 @@ class ReadExecutor:
         with self._lock:
             self._problems.append(Problem(key, kind, message))
 
-    def _report_part(self, unit: Unit, part: Part, kind: str, what: str) -> None:
-        chunk = self._manifest.chunk_index(part.leaf, part.chunk)
-        self._report(self._manifest.keys[part.leaf], kind, f"chunk {chunk} in object {unit.object}: {what}")
+    def _report_parts(self, unit: Unit, parts: Iterable[Part], kind: str, what: str) -> None:
+        for part in parts:
+            chunk = self._manifest.chunk_index(part.leaf, part.chunk)
+            self._report(
+                self._manifest.keys[part.leaf], kind, f"chunk {chunk} in object {unit.object}: {what}"
+            )
 
     def _report_object(self, plan: ReadPlan, name: str, kind: str, what: str) -> None:
-        for leaf, chunk in plan.leaves_of_object[name]:
+        for leaf, chunk in plan.chunks_of(name):
             index = self._manifest.chunk_index(leaf, chunk)
             self._report(self._manifest.keys[leaf], kind, f"chunk {index} in object {name}: {what}")
+
+
+def _kept_buffer(unit: Unit) -> Buffer:
+    """The memory of the destinations of a unit that is read to where it stays."""
+    if unit.in_place is None:
+        return allocate_aligned(unit.length, unit.offset)
+    destination, start = unit.in_place
+    assert destination.buffer is not None
+    return destination.buffer[start : start + unit.length]
+
+
+def _keep(part: Part, buffer: Buffer) -> None:
+    part.first.buffer = buffer[part.at : part.at + part.first.nbytes]
 
 
 def destination_array(destination: Destination, itemsize: int) -> np.ndarray[Any, Any]:
@@ -259,26 +308,6 @@ def destination_array(destination: Destination, itemsize: int) -> np.ndarray[Any
     rest = range(destination.fortran_axes, len(sizes))
     axes = (*turned, *rest)  # its own inverse
     return elements.reshape([sizes[axis] for axis in axes]).transpose(axes)
-
-
-def _adopting(manifest: Manifest, unit: Unit) -> set[Destination]:
-    """Destinations that are exactly one packed chunk of the unit; they keep the memory that it is read into."""
-    adopting: set[Destination] = set()
-    if unit.in_place is not None:
-        return adopting
-    for part in unit.parts:
-        if part.place.pack is None or len(part.targets) != 1:
-            continue
-        destination, region = part.targets[0]
-        is_whole_chunk = part.first_block == 0 and part.length == part.place.length
-        if (
-            is_whole_chunk
-            and not destination.fortran_axes
-            and region == destination.box
-            and destination.nbytes == manifest.spec(part.leaf).chunk_nbytes
-        ):
-            adopting.add(destination)
-    return adopting
 
 
 def _kind_of(error: OSError) -> str:

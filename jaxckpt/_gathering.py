@@ -69,7 +69,8 @@ def gather(manifest: Manifest, target: Target, read_box: ReadBox, slab_bytes: in
     _read_rows(manifest, derivation, arrays, read_box, slab_bytes)
     if target.kind == "numpy":
         return arrays[boxes[0]]
-    return finish(target, derivation.spec, assemble(target, dtype, arrays))
+    shards = {lo: array for (lo, _), array in arrays.items()}
+    return finish(target, derivation.spec, assemble(target, dtype, shards))
 
 
 def _empty(box: Box, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

@@ -26,8 +26,9 @@ import numpy as np
 import xxhash
 
 from ._errors import CorruptError, Problem, UnsupportedLeafError
-from ._leaves import Leaf, StreamedArray
-from ._manifest import Manifest, decode_value, unpack
+from ._leaves import Kinds, Leaves, StreamedArray
+from ._manifest import Manifest
+from ._values import decode_value, unpack
 
 # Bytes of copies that a process takes, over all its own leaves: enough for keys, counters and tables.
 OWN_BYTES_MAX = 32 << 20
@@ -39,30 +40,29 @@ _DIGEST_BYTES = 16
 class OwnLeaves:
     """The leaves that this process has for itself, with their values of this moment."""
 
-    def __init__(self, keys: Sequence[str], leaves: Sequence[Leaf]) -> None:
+    def __init__(self, keys: Sequence[str], leaves: Leaves) -> None:
         self._keys = keys
         self._numbers: list[int] = []
         # Records of values, copies of arrays, or the digest of what is too large to copy.
         self._values: list[Any] = []
-        kept = _smallest_leaves(leaves)
+        kept = _smallest_leaves(leaves.kinds)
         on_devices: list[tuple[int, jax.Array]] = []
-        for number, leaf in enumerate(leaves):
-            extent = leaf.template.extent
+        for number, (extent, data) in enumerate(zip(leaves.kinds.extents, leaves.arrays, strict=True)):
             if extent is not None and extent.shards is not None:
                 continue
             self._numbers.append(number)
-            if leaf.data is None:
-                self._values.append(leaf.value)
+            if data is None:
+                self._values.append(leaves.values[number])
                 continue
-            assert not isinstance(leaf.data, StreamedArray)  # a conversion is the work of one process
+            assert not isinstance(data, StreamedArray)  # a conversion is the work of one process
             is_kept = number in kept
-            if isinstance(leaf.data, np.ndarray):
-                self._values.append(_stored_bytes(leaf.data) if is_kept else _digest_of(leaf.data))
+            if isinstance(data, np.ndarray):
+                self._values.append(_stored_bytes(data) if is_kept else _digest_of(data))
             elif is_kept:
-                on_devices.append((len(self._values), leaf.data))
+                on_devices.append((len(self._values), data))
                 self._values.append(None)
             else:
-                self._values.append(_digest_on_device(leaf.data))
+                self._values.append(_digest_on_device(data))
         arrays = [array for _, array in on_devices]
         # Disposable copies, made by one call that waits for nothing; their values are read in the background.
         copies = (
@@ -111,13 +111,12 @@ class OwnLeaves:
         return bytes(msgpack.packb(entries, unicode_errors="surrogatepass") or b"")
 
 
-def _smallest_leaves(leaves: Sequence[Leaf]) -> set[int]:
+def _smallest_leaves(kinds: Kinds) -> set[int]:
     """Numbers of the own leaves whose bytes can be copied within the bound: a large one takes no room from others."""
     sizes: list[tuple[int, int]] = []
-    for number, leaf in enumerate(leaves):
-        extent = leaf.template.extent
-        if extent is not None and extent.shards is None:
-            sizes.append((leaf.template.spec.nbytes, number))
+    for number, template in enumerate(kinds.templates):
+        if template.extent is not None and template.extent.shards is None:
+            sizes.append((template.spec.nbytes, number))
     kept: set[int] = set()
     room = OWN_BYTES_MAX
     for nbytes, number in sorted(sizes):

@@ -135,11 +135,9 @@ def _walk(tree: Any) -> tuple[tuple[str, ...], list[Any]]:
             raise UnsupportedLeafError(f"cannot name the leaves of the tree:\n  {problem}", [problem])
         seen.add(key)
     # What cannot be read back must not be written.
-    wrong = validate_nodes(nodes, len(keys))
-    if wrong is not None or not are_keys_of_nodes(nodes, keys):
-        raise CheckpointError(
-            f"the structure of the tree cannot be recorded: {wrong or 'a node names its children inconsistently'}"
-        )
+    wrong = check_nodes(nodes, keys)
+    if wrong is not None:
+        raise CheckpointError(f"the structure of the tree cannot be recorded: {wrong}")
     return tuple(keys), nodes
 
 
@@ -210,6 +208,8 @@ def key_component(token: Any, prefix: str) -> str:
 
 def escape_component(text: str) -> str:
     """A string as a component of a key."""
+    if text.isidentifier():  # the common case, without the searches below
+        return text
     if not text:
         return "~e"
     if _INTEGER.fullmatch(text):
@@ -304,47 +304,74 @@ def _from_typed_json(value: Any) -> Any:
 # --- structure records ----------------------------------------------------------------------------------------
 
 
-def validate_nodes(nodes: Any, leaf_count: int) -> str | None:
-    """Says what is wrong with a structure record, or None when it is one whole tree with so many leaves."""
+def check_nodes(nodes: Any, keys: Sequence[str]) -> str | None:
+    """Says what is wrong with a structure record, or None when it is one whole tree with leaves of just these keys.
+
+    No two of the keys are equal then: no node has a key twice, and different ones have different components.
+
+    No key is made before the one in front of it was found to be right: a record of a megabyte can have a hundred
+    thousand leaves below one name of a megabyte.
+    """
     if not isinstance(nodes, list):
         return "the structure is not a list"
-    open_nodes: list[int] = [1]
-    leaves = 0
-    for node in nodes:
-        while open_nodes and open_nodes[-1] == 0:
-            open_nodes.pop()
-        if not open_nodes:
+    record: list[Any] = nodes
+    if not {*map(type, record)} <= {int, list, type(None)}:
+        return "the structure holds something that is no node"
+    # For each open node the components of the children that are still to come, and those on the way to the next node.
+    open_nodes: list[Iterator[str]] = []
+    parts: list[str] = []
+    position = leaf = 0
+    while position < len(record):
+        if position and not open_nodes:
             return "the structure goes on after its end"
-        open_nodes[-1] -= 1
-        if node is NONE_NODE:
-            continue
-        if type(node) is int and node == LEAF_NODE:
-            leaves += 1
-            continue
-        try:
-            count = _child_count(node)
-        except (TypeError, ValueError, IndexError, RecursionError) as error:
-            return f"the structure holds {str(node)[:80]!r}, which is no node ({error})"
-        open_nodes.append(count)
-        if len(open_nodes) > DEPTH_MAX + 2:
-            return f"the structure is nested more than {DEPTH_MAX} deep"
-    if any(open_nodes):
+        node = record[position]
+        position += 1
+        if node is not NONE_NODE and node != LEAF_NODE:
+            if len(open_nodes) > DEPTH_MAX:
+                return f"the structure is nested more than {DEPTH_MAX} deep"
+            try:
+                components = _components_of(node, len(record))
+            except (TypeError, ValueError, IndexError, RecursionError) as error:
+                return f"the structure holds {str(node)[:80]!r}, which is no node ({error})"
+            count = len(components)
+            if count and record[position : position + count] == [LEAF_NODE] * count:
+                # The most common node, in a third of the time.
+                prefix = "/".join([*parts, ""])
+                found = keys[leaf : leaf + count]
+                if len(found) < count or not all(map(operator.eq, found, map(prefix.__add__, components))):
+                    return _OTHER_KEYS
+                position += count
+                leaf += count
+            else:
+                open_nodes.append(iter(components))
+                parts.append("")
+        elif node is not NONE_NODE:
+            if leaf == len(keys) or keys[leaf] != "/".join(parts):
+                return _OTHER_KEYS
+            leaf += 1
+        while open_nodes:
+            component = next(open_nodes[-1], None)
+            if component is not None:
+                parts[-1] = component
+                break
+            open_nodes.pop()
+            parts.pop()
+    if open_nodes or not record:
         return "the structure ends too early"
-    if leaves != leaf_count:
-        return f"the structure has {leaves} leaves, the table of leaves {leaf_count}"
-    return None
+    return None if leaf == len(keys) else _OTHER_KEYS
 
 
-def _child_count(node: Any) -> int:
-    """Number of children that a record's node claims; raises when it is no node."""
-    if not isinstance(node, list) or not node:
-        raise TypeError("not a list")
+_OTHER_KEYS = "its keys are not those of its structure"
+
+
+def _components_of(node: Any, count_max: int) -> list[str]:
+    """Components of the children that a record's node claims; raises when it is no node."""
     kind, *rest = node
     if kind in ("list", "tuple"):
         (count,) = rest
-        if type(count) is not int or count < 0:
+        if type(count) is not int or not 0 <= count <= count_max:
             raise ValueError("bad count")
-        return count
+        return [str(position) for position in range(count)]
     if kind in ("dict", "odict"):
         (keys,) = rest
     elif kind in ("namedtuple", "node"):
@@ -355,54 +382,30 @@ def _child_count(node: Any) -> int:
         raise ValueError("unknown kind")
     if not isinstance(keys, list):
         raise TypeError("keys are not a list")
-    if kind == "namedtuple":
-        if not all(isinstance(key, str) for key in keys):
-            raise TypeError("fields are not strings")
-        return len(keys)
-    for key in keys:
-        if type(key) not in (str, int) and not (isinstance(key, list) and len(key) == 1):
-            raise TypeError("bad key")
-    if len({_decode_key(key) for key in keys}) != len(keys):
+    names: list[Any] = keys
+    types = {*map(type, names)}
+    if kind == "namedtuple" and not types <= {str}:
+        raise TypeError("fields are not strings")
+    distinct = set(names) if types <= {str, int} else {_decode_checked_key(key) for key in names}
+    if len(distinct) != len(names):
         raise ValueError("a key twice")
-    return len(keys)
+    if types == {str} and all(
+        map(str.isidentifier, names)
+    ):  # the common case, without a look at each of them
+        return names
+    return [_component_of(key) for key in names]
 
 
-def are_keys_of_nodes(nodes: list[Any], keys: Sequence[str]) -> bool:
-    """Whether a valid structure record has leaves with just these keys, in order.
-
-    No key is made before the one in front of it was found to be right: a record of a megabyte can have a hundred
-    thousand leaves below one name of a megabyte.
-    """
-    expected = iter(keys)
-    # For each open node the components of the children that are still to come, and those on the way to the next node.
-    open_nodes: list[Iterator[str]] = []
-    parts: list[str] = []
-    for node in nodes:
-        if isinstance(node, list):
-            open_nodes.append(iter(_component_list(node)))
-            parts.append("")
-        elif node is not NONE_NODE and next(expected, None) != "/".join(parts):
-            return False
-        while open_nodes:
-            component = next(open_nodes[-1], None)
-            if component is not None:
-                parts[-1] = component
-                break
-            open_nodes.pop()
-            parts.pop()
-    return next(expected, None) is None
+def _decode_checked_key(key: Any) -> Any:
+    if type(key) not in (str, int) and not (isinstance(key, list) and len(key) == 1):
+        raise TypeError("bad key")
+    return _decode_key(key)
 
 
-def _component_list(node: list[Any]) -> list[str]:
-    if node[0] in ("list", "tuple"):
-        return [str(position) for position in range(node[1])]
-    names = []
-    for key in node[-1]:
-        if isinstance(key, list):
-            names.append("~j" + _escape(key[0]))
-        else:
-            names.append(str(key) if isinstance(key, int) else escape_component(key))
-    return names
+def _component_of(key: Any) -> str:
+    if isinstance(key, list):
+        return "~j" + _escape(key[0])
+    return str(key) if isinstance(key, int) else escape_component(key)
 
 
 class _Pruned:

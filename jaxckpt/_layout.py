@@ -34,6 +34,9 @@ from ._tables import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT
 # object store.
 _PACK_BYTES = 64 << 20
 
+# As many as there are threads that write, unless somebody wants more.
+_GROWING_OBJECTS = 8
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LeafExtent:
@@ -132,6 +135,21 @@ class WritePlan:
     length: np.ndarray[Any, Any]
     packs: tuple[int, ...]
     nbytes: int
+
+    @functools.cached_property
+    def interleaved(self) -> tuple[int, ...]:
+        """Numbers of the pieces, in an order in which several objects grow at a time.
+
+        Many file systems write a growing file piece by piece, whoever writes: in the order of the pieces most threads
+        would wait for each other.
+        """
+        pieces = self.pieces
+        return tuple(
+            sorted(
+                range(len(pieces)),
+                key=lambda number: (pieces[number].object // _GROWING_OBJECTS, pieces[number].offset),
+            )
+        )
 
     @functools.cached_property
     def ranges_of_shard(self) -> dict[tuple[int, int], list[tuple[int, int]]]:

@@ -21,7 +21,8 @@ import numpy as np
 
 from ._deriving import Derivation, Source, derive
 from ._errors import FormatError, MismatchError, Problem, list_problems
-from ._manifest import LeafSpec, Manifest, decode_value
+from ._manifest import LeafSpec, Manifest
+from ._values import decode_value
 
 _PYTHON_KINDS = (bool, int, float, complex, str, bytes)
 _DTYPE_OF_NUMBER = {kind: np.dtype(kind) for kind in (bool, int, float, complex)}
@@ -92,12 +93,19 @@ def match_leaves(
     problems: list[Problem] = []
     advice: set[str] = set()
     like_of_key = dict(zip(like_keys, like_leaves, strict=True))
+    fitting: set[Any] = set()  # forms of leaves without differences
     for key, like in zip(like_keys, like_leaves, strict=True):
         if key in saved:
             match = match_source(manifest, key, saved[key], like_of_key, problems)
             matches.append(match)
+            form = _form_of(manifest, match)
+            if form in fitting:
+                continue
             may_reshape = reshape and match.derivation is None
-            for problem, hint in _differences(key, manifest, match, cast=cast, reshape=may_reshape):
+            differences = list(_differences(key, manifest, match, cast=cast, reshape=may_reshape))
+            if form is not None and not differences:
+                fitting.add(form)
+            for problem, hint in differences:
                 problems.append(problem)
                 advice.add(hint)
             continue
@@ -142,6 +150,17 @@ def match_source(
         problems.extend(error.problems)
         return Match(None, like)
     return Match(source.leaves[0], like, derivation)
+
+
+def _form_of(manifest: Manifest, match: Match) -> Any:
+    """What the differences of a leaf follow from, where it is shared with others: large trees have few forms."""
+    dtype = getattr(match.like, "dtype", None)
+    if match.leaf is None or match.derivation is not None or dtype is None:
+        return None
+    number = manifest.spec_numbers[match.leaf]
+    if manifest.specs[number].kind == "value":  # whether it can be converted depends on what it is
+        return None
+    return number, type(match.like), match.like.shape, dtype
 
 
 def _differences(

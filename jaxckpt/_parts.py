@@ -13,6 +13,7 @@ Deliberately not here: who should own which chunk (`_ownership`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, final
 
@@ -20,27 +21,29 @@ import msgpack
 import numpy as np
 
 from ._errors import CorruptError, MismatchError, Problem
-from ._manifest import ABSENT, LeafSpec, Manifest, check_directories, unpack
+from ._manifest import ABSENT, LeafSpec, Manifest, check_directories
 from ._shardings import Box
 from ._tables import OWN_OBJECT, ChunkTable, encode_table, parse_column, parse_table
+from ._values import unpack
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+# Not frozen, which would make it three times as slow: there is one for each chunk.
+@dataclasses.dataclass(slots=True, eq=False)
 class ChunkPlace:
     """Where one chunk lies.
 
     Attributes:
       object: Path of its object below the checkpoint.
-      object_length: Bytes of that object.
-      table, row: What is said of the chunk.
       pack: Process and number of its pack, or None for an object of its own.
+      object_length: Bytes of the object.
+      table, row: What is said of the chunk.
     """
 
     object: str
+    pack: tuple[int, int] | None
     object_length: int
     table: ChunkTable
     row: int
-    pack: tuple[int, int] | None
 
     @property
     def offset(self) -> int:
@@ -173,11 +176,16 @@ def _place(
 ) -> ChunkPlace:
     number = int(table.pack[row])
     if number != OWN_OBJECT:
-        name = f"{manifest.data}/packs/{process}-{number}"
-        return ChunkPlace(name, packs[number], table, row, (process, number))
+        return ChunkPlace(*_pack(manifest.data, process, number), packs[number], table, row)
     index = ".".join(["c", *map(str, manifest.chunk_index(leaf, chunk))])
     name = f"{manifest.data}/{manifest.directories[leaf]}/{index}"
-    return ChunkPlace(name, int(table.length[row]), table, row, None)
+    return ChunkPlace(name, None, int(table.length[row]), table, row)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pack(data: str, process: int, number: int) -> tuple[str, tuple[int, int]]:
+    """Path of a pack, and what it is called in a `ChunkPlace`."""
+    return f"{data}/packs/{process}-{number}", (process, number)
 
 
 def box_of_chunk(spec: LeafSpec, index: tuple[int, ...]) -> Box:

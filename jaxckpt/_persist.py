@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import queue
 import threading
@@ -22,10 +23,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import final
 
+import numpy as np
 import xxhash
 
 from ._config import BLOCK_BYTES
-from ._layout import Piece, WritePlan
+from ._layout import Piece, Segment, WritePlan
 from ._progress import ProgressMeter
 from ._store import Buffer, ObjectWriter, Store
 from ._tables import CHECKSUM_BYTES
@@ -71,7 +73,7 @@ class PieceWriter:
             self._pieces_left[piece.object] += 1
         self._writers: dict[int, ObjectWriter] = {}
         self._object_locks = [threading.Lock() for _ in plan.objects]
-        self._first_calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
         # Starting a thread is what a small save blocks its caller for: two do for a piece and a few metadata objects.
         count = min(threads, max(2, len(plan.pieces)), len(plan.pieces) + call_count)
         self._running = 0
@@ -79,7 +81,7 @@ class PieceWriter:
         self._is_over = threading.Event()
         self._ended = [threading.Event() for _ in range(count)]
         self._threads = [
-            threading.Thread(target=self._work, name=f"jaxckpt-write-{number}", args=(self._ended[number],))
+            threading.Thread(target=self._work, name=f"jaxckpt-write-{number}", args=(number,))
             for number in range(count)
         ]
         try:
@@ -90,15 +92,15 @@ class PieceWriter:
             self.abandon(error)
             raise
 
-    def open(self, names: list[str], first_calls: Sequence[Callable[[], None]]) -> None:
+    def open(self, names: list[str], calls: Sequence[Callable[[], None]]) -> None:
         """Lets the threads begin; until then pieces only queue up.
 
         Args:
           names: Name of each object of the plan.
-          first_calls: What else must be done before the save is durable; done before the pieces.
+          calls: What else must be done before the save is durable.
         """
         self._names = names
-        self._first_calls.extend(first_calls)
+        self._calls.extend(calls)
         self._is_open.set()
 
     @property
@@ -173,22 +175,28 @@ class PieceWriter:
                 thread.join()
         return True
 
-    def _work(self, ended: threading.Event) -> None:
+    def _work(self, number: int) -> None:
         try:
             self._is_open.wait()
-            while self._first_calls:
-                with contextlib.suppress(IndexError):  # another thread took the last one
-                    self._call(self._first_calls.popleft())
+            # The calls sync small objects, one after the other: the disk would be idle if all threads began with them.
+            if number % 2 == 0:
+                self._make_calls()
             while (work := self._queue.get()) is not None:
                 work()
                 del work  # the bytes may belong to the caller: hold them no longer than needed
+            self._make_calls()
         finally:
             with self._lock:
                 self._running -= 1
                 is_last = self._running == 0
             if is_last:
                 self._close()
-            ended.set()
+            self._ended[number].set()
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                self._call(self._calls.popleft())
 
     def _close(self) -> None:
         """Closes what a failure left open; called by the last thread."""
@@ -214,9 +222,16 @@ class PieceWriter:
             give_back()
 
     def _write(self, piece: Piece, data: Buffer) -> None:
-        self._compute_checksums(piece, data)
         writer = self._open(piece.object)
-        writer.write(piece.offset, data)
+        segment, *others = piece.segments
+        if others:
+            self._compute_checksums(piece.segments, data)
+            writer.write(piece.offset, data)
+        else:
+            block = segment.block
+            for part in writer.write_steps(piece.offset, data):
+                self._compute_checksums((dataclasses.replace(segment, stored=len(part), block=block),), part)
+                block += len(part) // BLOCK_BYTES
         with self._lock:
             self._pieces_left[piece.object] -= 1
             is_complete = self._pieces_left[piece.object] == 0
@@ -226,15 +241,24 @@ class PieceWriter:
             writer.finish()
         self._meter.add(piece.length)
 
-    def _compute_checksums(self, piece: Piece, data: Buffer) -> None:
+    def _compute_checksums(self, segments: Sequence[Segment], data: Buffer) -> None:
         view = memoryview(data)
-        for segment in piece.segments:
+        rows: list[int] = []
+        digests: list[bytes] = []
+        for segment in segments:
             row = self._first_block[segment.chunk] + segment.block
             end = segment.at + segment.stored
+            if segment.stored <= BLOCK_BYTES:  # a small leaf, of which a piece has thousands
+                rows.append(row)
+                digests.append(xxhash.xxh3_128_digest(view[segment.at : end]))
+                continue
             for start in range(segment.at, end, BLOCK_BYTES):
-                digest = xxhash.xxh3_128_digest(view[start : min(start + BLOCK_BYTES, end)])
-                self.checksums[row * CHECKSUM_BYTES : (row + 1) * CHECKSUM_BYTES] = digest
+                rows.append(row)
+                digests.append(xxhash.xxh3_128_digest(view[start : min(start + BLOCK_BYTES, end)]))
                 row += 1
+        # One assignment for all of them takes a third of the time of one for each.
+        table = np.frombuffer(self.checksums, np.uint8).reshape(-1, CHECKSUM_BYTES)
+        table[rows] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, CHECKSUM_BYTES)
 
     def _open(self, number: int) -> ObjectWriter:
         """The writer of an object; the first of its pieces creates it."""

@@ -45,8 +45,9 @@ import numpy as np
 from ._dtypes import is_jax_dtype
 from ._errors import FormatError, MissingDependencyError, Problem
 from ._intermediates import evaluate, used_inputs, with_intermediates
-from ._keys import LEAF_NODE, FlatTree, are_keys_of_nodes, flatten, validate_nodes
-from ._manifest import ProgramEntry, decode_value, encode_value, unpack
+from ._keys import LEAF_NODE, FlatTree, check_nodes, flatten
+from ._manifest import ProgramEntry
+from ._values import decode_value, encode_value, unpack
 
 _log = logging.getLogger("jaxckpt")
 
@@ -200,7 +201,7 @@ class LeafForm:
       weak_type: Whether it is weakly typed.
       impl: Name of the PRNG implementation, for keys.
       is_used: Whether the program takes it, or returns it.
-      constant: For what is no array and is returned: the record of its value (`_manifest.encode_value`).
+      constant: For what is no array and is returned: the record of its value (`_values.encode_value`).
     """
 
     dtype: str
@@ -324,9 +325,9 @@ def _decode_tree(record: Any) -> TreeForm:
     nodes, keys, leaves = record
     if not _are_texts(keys) or len(set(keys)) != len(keys) or len(leaves) != len(keys):
         raise ValueError("its leaves have no keys of their own")
-    wrong = validate_nodes(nodes, len(keys))
-    if wrong is not None or not are_keys_of_nodes(nodes, keys):
-        raise ValueError(wrong or "its keys are not those of its structure")
+    wrong = check_nodes(nodes, keys)
+    if wrong is not None:
+        raise ValueError(wrong)
     return TreeForm(nodes, tuple(keys), tuple(map(_decode_leaf, leaves)))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from ._calling import StoredProgram, check_entry, open_program, platforms_here
 from ._config import BLOCK_BYTES, PIECE_BYTES, RestoreOptions
 from ._dtypes import zarr_name
+from ._encoding import MANIFEST_BYTES_MAX, parse_manifest
 from ._errors import (
     CheckpointError,
     CorruptError,
@@ -37,17 +38,7 @@ from ._indexing import read_indexed
 from ._individual import decode_own_leaves
 from ._items import decode_items
 from ._keys import NONE_NODE, rebuild
-from ._manifest import (
-    MANIFEST_BYTES_MAX,
-    MANIFEST_NAME,
-    LeafSpec,
-    Manifest,
-    StoredObject,
-    decode_text,
-    decode_value,
-    local_directory,
-    parse_manifest,
-)
+from ._manifest import MANIFEST_NAME, LeafSpec, Manifest, StoredObject, local_directory
 from ._matching import logical_shape
 from ._parts import ChunkIndex
 from ._processes import current_group
@@ -55,6 +46,7 @@ from ._resharding import Destination, plan_reads
 from ._shardings import Box
 from ._steps import CACHE_NAME
 from ._store import Hold, Store, open_store
+from ._values import decode_text, decode_value
 
 # Comparing a key with so many others takes a tenth of a second.
 _KEYS_COMPARED_MAX = 1000
@@ -116,8 +108,11 @@ class Checkpoint:
         self._manifest = manifest
         # Not a method: a cycle would keep the holds until the garbage is collected.
         self._index = ChunkIndex(manifest, functools.partial(_read_part, store, manifest))
-        self._leaf_of_key = {key: number for number, key in enumerate(manifest.keys)}
         self._bytes_read = manifest_bytes
+
+    @functools.cached_property
+    def _leaf_of_key(self) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self._manifest.keys)}
 
     def release(self) -> None:
         """Lets managers delete the checkpoint although the object is there still."""
@@ -308,7 +303,7 @@ class Checkpoint:
         return key in self._leaf_of_key
 
     def __len__(self) -> int:
-        return len(self._leaf_of_key)
+        return len(self._manifest.keys)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())

@@ -34,6 +34,7 @@ class RestoreReport:
       bytes_read: Bytes that were asked of storage, manifest and metadata included.
       seconds: Seconds that it took.
       group_bytes_read: The same as `bytes_read`, of all processes of the group together.
+      mapped: Keys of leaves whose arrays show the stored files (``mmap=True``), and so were not verified.
     """
 
     path: str
@@ -48,6 +49,7 @@ class RestoreReport:
     bytes_read: int
     seconds: float
     group_bytes_read: int
+    mapped: tuple[str, ...] = ()
 
     def assert_all_restored(self) -> None:
         """Raises unless every leaf of the result came from storage.
@@ -86,6 +88,7 @@ class RestoreReport:
             ("converted to another dtype", self.cast),
             ("in another shape", self.reshaped),
             ("made of parts of saved leaves", self.derived),
+            ("mapped, not verified", self.mapped),
             ("kept as in `like`", self.kept),
             ("on disk, left unread", self.ignored),
         ):

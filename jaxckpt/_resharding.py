@@ -4,7 +4,8 @@ A restore wants, for each leaf, the boxes that its devices need (`Destination`);
 the shards of a saved array does not matter any more: everything is boxes against boxes. `plan_reads` finds for every
 chunk the destinations that it overlaps and the checksum blocks that they need. Each block is listed once, however many
 destinations want it. Neighbouring blocks are joined into read *units*; chunks that lie side by side in a pack are read
-together.
+together. A large tree has few shapes, so what was found for one leaf (`Cut`) serves all with the same spec of which the
+same boxes are wanted; each chunk is only looked up in its table then.
 
 Everything here is pure. `_fetching` carries the reads out.
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Collection, Iterable, Sequence
-from typing import final
+from typing import Any, final
 
 from ._config import BLOCK_BYTES
 from ._layout import blocks_of_box, intersect
@@ -32,7 +34,8 @@ SHARED_ALLOCATION_BYTES = 1 << 20
 class Destination:
     """A box of a leaf that is wanted, and, once it is read, its bytes (64-byte aligned).
 
-    The first ``fortran_axes`` axes lie in Fortran order, what is left in C order.
+    The first ``fortran_axes`` axes lie in Fortran order, what is left in C order. One that ``is_chunk`` is exactly one
+    packed chunk that is read whole, and keeps the memory that it is read into.
     """
 
     leaf: int
@@ -40,29 +43,78 @@ class Destination:
     nbytes: int
     fortran_axes: int = 0
     buffer: Buffer | None = None
+    is_chunk: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Cut:
+    """How boxes lie to one chunk; the same for all leaves with equal specs of which equal boxes are wanted.
+
+    Attributes:
+      at: Number of the chunk among those of its leaf.
+      box: The chunk.
+      regions: Numbers of the boxes that overlap it, each with what they share.
+      is_box: Whether the chunk is the one box that overlaps it, so that one can have the memory of the other.
+      runs: What is read of the chunk, by its length, padding included, and whether it is an object of its own.
+    """
+
+    at: int
+    box: Box
+    regions: tuple[tuple[int, Box], ...]
+    is_box: bool
+    runs: dict[tuple[int, bool], list[Run]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Run:
+    """Blocks of a chunk that follow one another.
+
+    Attributes:
+      first_block, block_count: Which ones.
+      start, length: Where they lie in the chunk, in bytes as stored.
+      in_place: Byte of the one box at which they start, if they are a contiguous range of that.
+    """
+
+    first_block: int
+    block_count: int
+    start: int
+    length: int
+    in_place: int | None
+
+
+# Not frozen, and most of it shared: half a million are no rarity, and the garbage collector goes through all of them.
+@dataclasses.dataclass(slots=True, eq=False)
 class Part:
     """Blocks of one chunk within a unit.
 
     Attributes:
       leaf, chunk: Leaf, and number of the chunk among all.
       place: Where the chunk lies.
-      first_block, block_count: Which blocks.
-      at: Byte of the unit at which they start.
-      length: Their bytes as stored.
-      targets: Destinations, each with the box (in the leaf's coordinates) that it takes from the chunk.
+      run: Which blocks.
+      cut: What is wanted of the chunk.
+      destinations: Those of the leaf; the cut says which of them want something.
+      first: The first of those that do.
+      at: Byte of the unit at which the blocks start.
     """
 
     leaf: int
     chunk: int
     place: ChunkPlace
-    first_block: int
-    block_count: int
+    run: Run
+    cut: Cut
+    destinations: list[Destination]
+    first: Destination
     at: int
-    length: int
-    targets: tuple[tuple[Destination, Box], ...]
+
+    @property
+    def length(self) -> int:
+        """Bytes of the blocks as stored."""
+        return self.run.length
+
+    @property
+    def targets(self) -> Iterable[tuple[Destination, Box]]:
+        """All that want something, each with the box (in the leaf's coordinates) that it takes from the chunk."""
+        return [(self.destinations[number], region) for number, region in self.cut.regions]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,7 +139,11 @@ class ReadPlan:
     destinations: tuple[Destination, ...]
     units: tuple[Unit, ...]
     object_lengths: dict[str, int]
-    leaves_of_object: dict[str, list[tuple[int, int]]]
+
+    def chunks_of(self, name: str) -> list[tuple[int, int]]:
+        """Leaf and number of each chunk that an object holds."""
+        parts = [part for unit in self.units if unit.object == name for part in unit.parts]
+        return list(dict.fromkeys((part.leaf, part.chunk) for part in parts))
 
     @property
     def nbytes(self) -> int:
@@ -124,160 +180,165 @@ class _ReadPlanner:
         self._fortran = fortran
         self._destinations: list[Destination] = []
         self._units: list[Unit] = []
-        self._packed: list[_PackedPart] = []
+        self._packed: dict[tuple[int, int], list[Part]] = {}
         self._object_lengths: dict[str, int] = {}
-        self._leaves_of_object: dict[str, list[tuple[int, int]]] = {}
+        self._cuts: dict[Any, tuple[list[Cut], list[int]]] = {}
 
     def add_leaf(self, leaf: int, boxes: Sequence[Box]) -> None:
         if not boxes:  # a value, which lies in the manifest
             return
-        spec = self._manifest.spec(leaf)
-        itemsize = spec.stored_itemsize
-        targets_of_chunk: dict[int, list[tuple[Destination, Box]]] = {}
-        for box in boxes:
-            count = math.prod(hi - lo for lo, hi in zip(*box, strict=True))
-            fortran_axes = len(spec.shape) if leaf in self._fortran else 0
-            destination = Destination(leaf, box, count * itemsize, fortran_axes)
-            self._destinations.append(destination)
-            if count:
-                for chunk, region in self._overlaps(leaf, spec, box):
-                    targets_of_chunk.setdefault(chunk, []).append((destination, region))
-        for chunk, targets in targets_of_chunk.items():
-            self._add_chunk(leaf, spec, chunk, tuple(targets))
-
-    def _overlaps(self, leaf: int, spec: LeafSpec, box: Box) -> Iterable[tuple[int, Box]]:
-        """Rows of the chunks that a box touches, each with the shared box."""
-        first = int(self._manifest.chunk_starts[leaf])
-        if spec.chunk_count == 1:
-            yield first, box
-            return
-        ranges = [
-            range(lo // chunk, -(-hi // chunk)) for lo, hi, chunk in zip(*box, spec.chunk_shape, strict=True)
+        number = self._manifest.spec_numbers[leaf]
+        spec = self._manifest.specs[number]
+        fortran_axes = len(spec.shape) if leaf in self._fortran else 0
+        form = number, fortran_axes, tuple(boxes)
+        known = self._cuts.get(form)
+        if known is None:
+            known = self._cuts[form] = _cut(spec, boxes, fortran_axes)
+        cuts, sizes = known
+        destinations = [
+            Destination(leaf, box, nbytes, fortran_axes) for box, nbytes in zip(boxes, sizes, strict=True)
         ]
-        grid = spec.grid
-        for index in itertools.product(*ranges):
-            row = 0
-            for place, size in zip(index, grid, strict=True):
-                row = row * size + place
-            region = intersect(box, box_of_chunk(spec, index))
-            assert region is not None
-            yield first + row, region
+        self._destinations += destinations
+        first = int(self._manifest.chunk_starts[leaf])
+        for cut in cuts:
+            self._add_chunk(leaf, spec, first + cut.at, cut, destinations)
 
     def _add_chunk(
-        self, leaf: int, spec: LeafSpec, chunk: int, targets: tuple[tuple[Destination, Box], ...]
+        self, leaf: int, spec: LeafSpec, chunk: int, cut: Cut, destinations: list[Destination]
     ) -> None:
         place = self._index.place(leaf, chunk)
         self._object_lengths[place.object] = place.object_length
-        self._leaves_of_object.setdefault(place.object, []).append((leaf, chunk))
-        length = place.length
-        chunk_box = self._box_of_chunk(leaf, spec, chunk)
-        for first_block, block_count in self._block_runs(spec, chunk_box, length, targets):
-            start = first_block * BLOCK_BYTES
-            run_length = min(block_count * BLOCK_BYTES, length - start)
-            part = Part(leaf, chunk, place, first_block, block_count, 0, run_length, targets)
-            in_place = _range_in_place(spec, chunk_box, start, targets)
-            if place.pack is None:
-                self._units.append(Unit(place.object, start, run_length, (part,), in_place))
-                continue
-            # A destination that is one chunk keeps the memory it is read into, with its neighbours in the pack; nor is
-            # there room for the padding behind a chunk.
-            if length != spec.chunk_nbytes or targets[0][0].nbytes < SHARED_ALLOCATION_BYTES:
-                in_place = None
-            self._packed.append(_PackedPart(place.pack, place.offset + start, part, in_place))
+        first = destinations[cut.regions[0][0]]
+        form = place.length, place.pack is None
+        runs = cut.runs.get(form)
+        if runs is None:
+            runs = cut.runs[form] = list(self._runs(spec, cut, place, first))
+        if place.pack is None:
+            for run in runs:
+                part = Part(leaf, chunk, place, run, cut, destinations, first, 0)
+                in_place = None if run.in_place is None else (first, run.in_place)
+                self._units.append(Unit(place.object, run.start, run.length, (part,), in_place))
+            return
+        first.is_chunk = cut.is_box and len(runs) == 1 and runs[0].in_place is None
+        parts = self._packed.setdefault(place.pack, [])
+        offset = place.offset
+        for run in runs:
+            # From the start of the pack, until it is known which ones are read together.
+            parts.append(Part(leaf, chunk, place, run, cut, destinations, first, offset + run.start))
 
-    def _box_of_chunk(self, leaf: int, spec: LeafSpec, chunk: int) -> Box:
-        if spec.chunk_count == 1:
-            return (0,) * len(spec.stored_shape), spec.stored_shape
-        return box_of_chunk(spec, self._manifest.chunk_index(leaf, chunk))
-
-    def _block_runs(
-        self, spec: LeafSpec, chunk_box: Box, length: int, targets: tuple[tuple[Destination, Box], ...]
-    ) -> Iterable[tuple[int, int]]:
-        """Runs of needed blocks as (first, count), none longer than a unit."""
-        block_count = -(-length // BLOCK_BYTES)
-        if block_count == 1 or any(region == chunk_box for _, region in targets):
-            needed: Sequence[int] = range(block_count)
-        else:
-            blocks: set[int] = set()
-            for _, (lo, hi) in targets:
-                local = (minus(lo, chunk_box[0]), minus(hi, chunk_box[0]))
-                blocks |= blocks_of_box(local, spec.chunk_shape, spec.stored_itemsize)
-            needed = sorted(blocks)
-        first = previous = needed[0]
-        for block in needed[1:]:
-            if block != previous + 1 or block - first == self._unit_blocks:
-                yield first, previous - first + 1
-                first = block
-            previous = block
-        yield first, previous - first + 1
+    def _runs(self, spec: LeafSpec, cut: Cut, place: ChunkPlace, first: Destination) -> Iterable[Run]:
+        """Runs of needed blocks, none longer than a unit."""
+        can_be_in_place = len(cut.regions) == 1 and not first.fortran_axes
+        # A destination that is one chunk keeps the memory it is read into, with its neighbours in the pack; nor is
+        # there room for the padding behind a chunk.
+        if place.pack is not None and (
+            place.length != spec.chunk_nbytes or first.nbytes < SHARED_ALLOCATION_BYTES
+        ):
+            can_be_in_place = False
+        for block, count in _block_runs(spec, cut, place.length, self._unit_blocks):
+            start = block * BLOCK_BYTES
+            in_place = _place_in_box(spec, cut, first.box, start) if can_be_in_place else None
+            yield Run(block, count, start, min(count * BLOCK_BYTES, place.length - start), in_place)
 
     def finish(self) -> ReadPlan:
-        self._join_packed()
-        return ReadPlan(
-            tuple(self._destinations), tuple(self._units), self._object_lengths, self._leaves_of_object
-        )
+        for parts in self._packed.values():
+            self._join_packed(parts)
+        return ReadPlan(tuple(self._destinations), tuple(self._units), self._object_lengths)
 
-    def _join_packed(self) -> None:
+    def _join_packed(self, parts: list[Part]) -> None:
         """Joins parts that lie side by side in a pack, and in their destination if they are read in place."""
-        self._packed.sort(key=lambda entry: (entry.pack, entry.offset))
-        joined: list[_PackedPart] = []
-        for entry in self._packed:
-            if joined and not self._can_join(joined[0], joined[-1], entry):
-                self._add_pack_unit(joined)
-                joined = []
-            joined.append(entry)
-        if joined:
-            self._add_pack_unit(joined)
+        parts.sort(key=operator.attrgetter("at"))
+        begin = 0
+        for end in range(1, len(parts) + 1):
+            if end == len(parts) or not self._can_join(parts[begin], parts[end - 1], parts[end]):
+                self._add_pack_unit(parts[begin:end])
+                begin = end
 
-    def _can_join(self, first: _PackedPart, last: _PackedPart, entry: _PackedPart) -> bool:
+    def _can_join(self, first: Part, last: Part, part: Part) -> bool:
         """Whether a part follows the last one of a unit, and goes where that goes."""
-        if entry.pack != last.pack or entry.offset != last.offset + last.part.length:
+        end = last.at + last.run.length
+        if part.at != end or part.at + part.run.length - first.at > self._unit_blocks * BLOCK_BYTES:
             return False
-        if entry.offset + entry.part.length - first.offset > self._unit_blocks * BLOCK_BYTES:
-            return False
-        if entry.in_place is None or last.in_place is None:
-            return entry.in_place is last.in_place
-        destination, start = last.in_place
-        return entry.in_place[0] is destination and entry.in_place[1] == start + last.part.length
+        place, last_place = part.run.in_place, last.run.in_place
+        if place is None or last_place is None:
+            return place is last_place
+        return part.first is last.first and place == last_place + last.run.length
 
-    def _add_pack_unit(self, entries: list[_PackedPart]) -> None:
-        first, last = entries[0], entries[-1]
-        parts = tuple(dataclasses.replace(entry.part, at=entry.offset - first.offset) for entry in entries)
-        length = last.offset + last.part.length - first.offset
-        self._units.append(Unit(first.part.place.object, first.offset, length, parts, first.in_place))
+    def _add_pack_unit(self, parts: list[Part]) -> None:
+        first, last = parts[0], parts[-1]
+        start = first.at
+        length = last.at + last.run.length - start
+        in_place = None if first.run.in_place is None else (first.first, first.run.in_place)
+        for part in parts:
+            part.at -= start
+        self._units.append(Unit(first.place.object, start, length, tuple(parts), in_place))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _PackedPart:
-    """Blocks of a chunk in a pack.
+def _cut(spec: LeafSpec, boxes: Sequence[Box], fortran_axes: int) -> tuple[list[Cut], list[int]]:
+    """The chunks that boxes overlap, and the bytes of each box."""
+    sizes: list[int] = []
+    regions_of_chunk: dict[tuple[int, Box], list[tuple[int, Box]]] = {}
+    for number, box in enumerate(boxes):
+        count = math.prod(minus(box[1], box[0]))
+        sizes.append(count * spec.stored_itemsize)
+        if count:
+            for at, chunk_box, region in _overlaps(spec, box):
+                regions_of_chunk.setdefault((at, chunk_box), []).append((number, region))
+    cuts: list[Cut] = []
+    for (at, chunk_box), regions in regions_of_chunk.items():
+        is_box = len(regions) == 1 and boxes[regions[0][0]] == chunk_box and not fortran_axes
+        cuts.append(Cut(at, chunk_box, tuple(regions), is_box, {}))
+    return cuts, sizes
 
-    Attributes:
-      pack: Process and number.
-      offset: Byte of the pack at which they start.
-      part: The blocks.
-      in_place: As of `Unit`.
-    """
 
-    pack: tuple[int, int]
-    offset: int
-    part: Part
-    in_place: tuple[Destination, int] | None
+def _overlaps(spec: LeafSpec, box: Box) -> Iterable[tuple[int, Box, Box]]:
+    """Chunks of the leaf that a box touches: their numbers, their boxes, and the shared boxes."""
+    if spec.chunk_count == 1:
+        yield 0, ((0,) * len(spec.stored_shape), spec.stored_shape), box
+        return
+    ranges = [
+        range(lo // chunk, -(-hi // chunk)) for lo, hi, chunk in zip(*box, spec.chunk_shape, strict=True)
+    ]
+    grid = spec.grid
+    for index in itertools.product(*ranges):
+        at = 0
+        for place, size in zip(index, grid, strict=True):
+            at = at * size + place
+        chunk_box = box_of_chunk(spec, index)
+        region = intersect(box, chunk_box)
+        assert region is not None
+        yield at, chunk_box, region
+
+
+def _block_runs(spec: LeafSpec, cut: Cut, length: int, unit_blocks: int) -> Iterable[tuple[int, int]]:
+    """Runs of needed blocks as (first, count), none longer than a unit."""
+    block_count = -(-length // BLOCK_BYTES)
+    if block_count == 1 or any(region == cut.box for _, region in cut.regions):
+        needed: Sequence[int] = range(block_count)
+    else:
+        blocks: set[int] = set()
+        for _, (lo, hi) in cut.regions:
+            local = (minus(lo, cut.box[0]), minus(hi, cut.box[0]))
+            blocks |= blocks_of_box(local, spec.chunk_shape, spec.stored_itemsize)
+        needed = sorted(blocks)
+    first = previous = needed[0]
+    for block in needed[1:]:
+        if block != previous + 1 or block - first == unit_blocks:
+            yield first, previous - first + 1
+            first = block
+        previous = block
+    yield first, previous - first + 1
 
 
 def minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
-def _range_in_place(
-    spec: LeafSpec, chunk_box: Box, start: int, targets: tuple[tuple[Destination, Box], ...]
-) -> tuple[Destination, int] | None:
-    """Where byte ``start`` of a chunk lies in its one destination, if the chunk is a contiguous range of that."""
-    if len(targets) != 1 or targets[0][1] != chunk_box:
+def _place_in_box(spec: LeafSpec, cut: Cut, box: Box, start: int) -> int | None:
+    """Where byte ``start`` of a chunk lies in the box that overlaps it, if the chunk is a contiguous range of that."""
+    if cut.regions[0][1] != cut.box:
         return None
-    destination = targets[0][0]
-    if destination.fortran_axes:
-        return None
-    lo, hi = destination.box
+    lo, hi = box
     sizes = minus(hi, lo)
     is_inside = False
     for size, chunk in zip(sizes, spec.chunk_shape, strict=True):
@@ -285,6 +346,6 @@ def _range_in_place(
             return None
         is_inside = is_inside or chunk > 1
     element = 0
-    for place, size in zip(minus(chunk_box[0], lo), sizes, strict=True):
+    for place, size in zip(minus(cut.box[0], lo), sizes, strict=True):
         element = element * size + place
-    return destination, element * spec.stored_itemsize + start
+    return element * spec.stored_itemsize + start

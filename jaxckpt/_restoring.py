@@ -4,16 +4,19 @@
 2. `choose_targets` gives every array its sharding, the first that applies of: ``sharding=``, ``mesh=``, ``like``'s,
    the saved one.
 3. `restore_targets` checks that all objects are there and whole in length, then reads, verifies and places the
-   leaves: all at once on CPU, where the bytes on the host are the arrays, else in waves that fit the host memory.
+   leaves: all at once on CPU, where the bytes on the host are the arrays, else in waves that fit the host memory; one
+   is read while the one before it is on its way to the devices.
    Those that are made of parts of saved leaves follow, one after the other (`_gathering`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -26,16 +29,23 @@ from ._errors import MismatchError, Problem, list_problems
 from ._fetching import ReadExecutor
 from ._gathering import gather, has_shards_of
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
-from ._manifest import LeafSpec, Manifest, StoredObject, decode_value
+from ._manifest import LeafSpec, Manifest, StoredObject
 from ._matching import Match, key_dtype, match_leaves, match_source
 from ._naming import Rename, Select, is_key_selected, rename_keys, select_keys
-from ._placement import Target, boxes_of, is_fortran, place, typed
+from ._placement import Target, boxes_of, is_as_stored, is_fortran, place, typed
 from ._reading import Checkpoint
 from ._reporting import RestoreReport
 from ._resharding import Destination, ReadPlan, plan_reads
 from ._shardings import Box, fit_to_mesh, give_devices, is_own_sharding, rebuild_sharding
 from ._store import allocate_aligned
+from ._values import decode_value
 from ._zarr import METADATA_NAME
+
+_log = logging.getLogger("jaxckpt")
+
+# A wave is read before anything of it moves to the devices, and the last one moves when nothing is left to read: at
+# gigabytes a second either takes a tenth of a second at most. Larger leaves are waves of their own.
+_WAVE_BYTES_MAX = 256 << 20
 
 
 class Described(Protocol):
@@ -143,19 +153,45 @@ def choose_targets(
     checkpoint: Described, wanted: WantedTree, mesh: Mesh | None, sharding: Any
 ) -> dict[int, Target]:
     """For each leaf of the wanted tree that comes from storage, by its number, what it shall be."""
+    manifest = checkpoint.manifest
     rule = _sharding_rule(wanted, sharding)
     targets: dict[int, Target] = {}
     problems: list[Problem] = []
     misfits: list[Problem] = []
+    # Most leaves of a large tree are saved and wanted like another one.
+    jax_has = functools.cache(_jax_has)
+    form_of = functools.cache(lambda number, wish: _wanted_form(manifest.specs[number], wish))
+    choose = functools.cache(
+        lambda number, wish, asked: _choose(manifest, manifest.specs[number], wish, asked, mesh)
+    )
     for number, match in enumerate(wanted.matches):
         if match.leaf is None:
             continue
         key = wanted.keys[number]
-        target = _choose_target(checkpoint.manifest, key, number, match, mesh, rule)
-        targets[number] = target
-        if target.sharding is not None:
-            misfits.extend(_sharding_problems(key, target))
-        if target.kind == "array" and target.dtype is not None and not _jax_has(target.dtype):
+        wish = _wish_of(match.like)
+        derivation = match.derivation
+        spec_number = manifest.spec_numbers[match.leaf]
+        form = form_of(spec_number, wish) if derivation is None else _wanted_form(derivation.spec, wish)
+        asked = None
+        if form.kind in ("array", "key") and rule is not None:
+            asked = rule(number, key, form)
+            if asked is not None and not isinstance(asked, Sharding):
+                message = f"{asked!r} is a {type(asked).__name__}, not a jax.sharding.Sharding"
+                misfits.append(Problem(key, "sharding", message))
+                continue
+        if derivation is None:
+            choice = choose(spec_number, wish, asked)
+        else:
+            choice = _choose(manifest, derivation.spec, wish, asked, mesh)
+        target = targets[number] = choice.target_of(match)
+        if target.kind == "key":
+            key_dtype(key, target.saved_spec(manifest))  # raises when there are no such keys
+        if choice.retreat is not None:
+            _log.info("%s: %s", key, choice.retreat)
+        misfit = choice.misfit or _misfit_of_kept_rows(target)
+        if misfit is not None:
+            misfits.append(Problem(key, "sharding", misfit))
+        if target.kind == "array" and target.dtype is not None and not jax_has(target.dtype):
             message = f"dtype {target.dtype} on disk, which JAX has only with jax_enable_x64"
             problems.append(Problem(key, "dtype", message))
     if misfits:
@@ -175,122 +211,165 @@ def _jax_has(dtype: np.dtype[Any]) -> bool:
     return bool(jax.dtypes.canonicalize_dtype(dtype) == dtype)
 
 
-def _choose_target(
-    manifest: Manifest,
-    key: str,
-    number: int,
-    match: Match,
-    mesh: Mesh | None,
-    rule: Callable[[int, str, jax.ShapeDtypeStruct], Sharding | None] | None,
-) -> Target:
-    assert match.leaf is not None
-    spec = manifest.spec(match.leaf) if match.derivation is None else match.derivation.spec
-    like = None if hasattr(match.like, "restore_as_saved") else match.like
-    kind, shape, dtype, python_type = _wanted_form(spec, like)
-    if kind not in ("array", "key"):
+class _Wish(NamedTuple):
+    """What a leaf of ``like`` asks for; equal for leaves that ask for the same.
+
+    Attributes:
+      kind: ``"array"``, ``"key"``, ``"numpy"`` or ``"value"``; None for the leaf as it was saved.
+      shape, dtype: Of arrays.
+      sharding: Of arrays that have one; of a `jax.Array` only if it is committed.
+      is_array: Whether the sharding is that of a `jax.Array`, where None says that it is not committed.
+      weak_type: Of arrays.
+      python_type: Of values.
+    """
+
+    kind: str | None
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+    sharding: Sharding | None = None
+    is_array: bool = False
+    weak_type: bool = False
+    python_type: type | None = None
+
+
+_AS_SAVED = _Wish(None)
+
+
+def _wish_of(like: Any) -> _Wish:
+    if like is None or hasattr(like, "restore_as_saved"):
+        return _AS_SAVED
+    if isinstance(like, np.ndarray):
+        return _Wish("numpy", like.shape, like.dtype)
+    is_array = isinstance(like, jax.Array)
+    if not is_array and not isinstance(like, jax.ShapeDtypeStruct):
+        return _Wish("value", python_type=type(like))
+    kind = "array" if isinstance(like.dtype, np.dtype) else "key"
+    sharding = like.sharding if not is_array or like.committed else None
+    weak_type = bool(getattr(like, "weak_type", False))
+    return _Wish(kind, tuple(like.shape), like.dtype, sharding, is_array, weak_type)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Form:
+    """Kind, shape of the data, dtype of the data, and Python type that a leaf shall have."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] | None
+    python_type: type | None = None
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """Shape as users see it: key data has axes more than the keys."""
+        return self.shape[:-1] if self.kind == "key" else self.shape
+
+
+def _wanted_form(spec: LeafSpec, wish: _Wish) -> _Form:
+    if spec.kind == "strings":
+        is_one = wish.python_type in (bytes, str)
+        return _Form(spec.kind, spec.shape, None, wish.python_type if is_one else None)
+    if wish.kind is None:
+        return _Form(spec.kind, spec.shape, None if spec.kind == "value" else spec.np_dtype)
+    if wish.kind in ("numpy", "array"):
+        return _Form(wish.kind, wish.shape, wish.dtype)
+    if wish.kind == "key" or spec.kind in ("bytes", "str"):
+        return _Form("key" if wish.kind == "key" else spec.kind, spec.shape, spec.np_dtype)
+    return _Form("value", (), None, wish.python_type)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Choice:
+    """What leaves become that are saved alike and wanted alike.
+
+    Attributes:
+      form: What they shall be.
+      sharding: Where they shall be.
+      weak_type: Whether they are weakly typed.
+      misfit: Why the sharding does not fit, if it does not.
+      retreat: What the log says if the saved partition spec was not possible.
+    """
+
+    form: _Form
+    sharding: Sharding | None = None
+    weak_type: bool = False
+    misfit: str | None = None
+    retreat: str | None = None
+
+    def target_of(self, match: Match) -> Target:
+        """What becomes of one of them."""
+        assert match.leaf is not None
+        form = self.form
         return Target(
             match.leaf,
-            kind,
-            shape=shape,
-            dtype=dtype,
-            python_type=python_type,
-            derivation=match.derivation,
+            form.kind,
+            self.sharding,
+            form.shape,
+            form.dtype,
+            self.weak_type,
+            form.python_type,
+            match.derivation,
         )
-    if kind == "key":
-        key_dtype(key, spec)  # raises when there are no such keys
-    logical = shape[:-1] if kind == "key" else shape
-    chosen: Sharding | None
+
+
+def _choose(
+    manifest: Manifest, spec: LeafSpec, wish: _Wish, asked: Sharding | None, mesh: Mesh | None
+) -> _Choice:
+    form = _wanted_form(spec, wish)
+    if form.kind not in ("array", "key"):
+        return _Choice(form)
+    shape = form.logical_shape
     descriptor = manifest.sharding_of(spec)
-    asked = rule(number, key, jax.ShapeDtypeStruct(logical, dtype)) if rule is not None else None
+    retreat: str | None = None
+    chosen: Sharding | None = None
     if asked is not None:
         chosen = asked
     elif mesh is not None:
-        chosen = fit_to_mesh(descriptor, mesh, logical, key)
-    elif isinstance(like, jax.Array):
-        chosen = like.sharding if like.committed else None
-    elif isinstance(like, jax.ShapeDtypeStruct) and like.sharding is not None:
-        chosen = like.sharding
+        chosen, retreat = fit_to_mesh(descriptor, mesh, shape)
+    elif wish.is_array or wish.sharding is not None:
+        chosen = wish.sharding
     elif descriptor is not None and spec.committed:
-        chosen = rebuild_sharding(descriptor, logical)
-    else:
-        chosen = None
-    if isinstance(chosen, Sharding):
-        chosen = give_devices(chosen, descriptor, logical)
+        chosen = rebuild_sharding(descriptor, shape)
+    misfit: str | None = None
+    if chosen is not None:
+        chosen = give_devices(chosen, descriptor, shape)
+        misfit = _misfit_of(chosen, shape)
     # A dtype that was asked for is as weak as it was there.
-    is_same = spec.kind != "value" and dtype == spec.np_dtype
-    weak_type = spec.weak_type if is_same else getattr(like, "weak_type", False)
-    return Target(
-        match.leaf,
-        kind,
-        chosen,
-        shape,
-        dtype,
-        weak_type=bool(weak_type),
-        derivation=match.derivation,
-    )
+    is_same = spec.kind != "value" and form.dtype == spec.np_dtype
+    return _Choice(form, chosen, spec.weak_type if is_same else wish.weak_type, misfit, retreat)
 
 
-def _logical_shape(target: Target) -> tuple[int, ...]:
-    """Shape as users see it: key data has axes more than the keys."""
-    return target.shape[:-1] if target.kind == "key" else target.shape
-
-
-def _wanted_form(spec: LeafSpec, like: Any) -> tuple[str, tuple[int, ...], np.dtype[Any] | None, type | None]:
-    """Kind, shape of the data, dtype of the data, and Python type that a leaf shall have."""
-    if spec.kind == "strings":
-        return spec.kind, spec.shape, None, type(like) if isinstance(like, (bytes, str)) else None
-    if like is None:
-        return spec.kind, spec.shape, None if spec.kind == "value" else spec.np_dtype, None
-    if isinstance(like, np.ndarray):
-        return "numpy", like.shape, like.dtype, None
-    if isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
-        if not isinstance(like.dtype, np.dtype):
-            return "key", spec.shape, spec.np_dtype, None
-        return "array", tuple(like.shape), like.dtype, None
-    if spec.kind in ("bytes", "str"):
-        return spec.kind, spec.shape, spec.np_dtype, None
-    return "value", (), None, type(like)
-
-
-def _sharding_problems(key: str, target: Target) -> list[Problem]:
-    """What is wrong with a sharding that the caller gave."""
-    shape = _logical_shape(target)
-    sharding: Any = target.sharding
-    if not isinstance(sharding, Sharding):
-        message = f"{sharding!r} is a {type(sharding).__name__}, not a jax.sharding.Sharding"
-        return [Problem(key, "sharding", message)]
+def _misfit_of(sharding: Sharding, shape: tuple[int, ...]) -> str | None:
+    """Why an array cannot have a sharding, if it cannot."""
     # A spec that is longer than the shape makes `shard_shape` fail in ways of its own, or not at all.
     is_too_long = isinstance(sharding, NamedSharding) and len(sharding.spec.partitions) > len(shape)
     try:
         if not is_too_long:
             sharding.shard_shape(shape)
-            return _problems_of_kept_rows(key, target)
+            return None
     except ValueError:
         pass
-    return [Problem(key, "sharding", f"shape {shape} cannot be sharded as {sharding}")]
+    return f"shape {shape} cannot be sharded as {sharding}"
 
 
-def _problems_of_kept_rows(key: str, target: Target) -> list[Problem]:
+def _misfit_of_kept_rows(target: Target) -> str | None:
     """Rows of ``like`` must be where they are wanted, or can be fetched from there."""
     base = None if target.derivation is None else target.derivation.base
     if not isinstance(base, jax.Array) or base.is_fully_addressable or has_shards_of(base, target.sharding):
-        return []
-    message = "keeps rows of `like`, which is spread over processes in another way than is asked for"
-    return [Problem(key, "sharding", message)]
+        return None
+    return "keeps rows of `like`, which is spread over processes in another way than is asked for"
 
 
-def _sharding_rule(
-    wanted: WantedTree, sharding: Any
-) -> Callable[[int, str, jax.ShapeDtypeStruct], Sharding | None] | None:
-    """What ``sharding=`` says, as a function of the leaf's number, key and shape."""
+def _sharding_rule(wanted: WantedTree, sharding: Any) -> Callable[[int, str, _Form], Any] | None:
+    """What ``sharding=`` says, as a function of the leaf's number, key and form."""
     if sharding is None:
         return None
     if isinstance(sharding, Sharding):
-        return lambda _number, _key, _struct: sharding
+        return lambda _number, _key, _form: sharding
     # A tree can be callable too: a model with shardings in the place of its arrays.
     if callable(sharding) and jax.tree_util.all_leaves([sharding]):
         function: Callable[[str, jax.ShapeDtypeStruct], Any] = sharding
-        return lambda _number, key, struct: function(key, struct)
+        struct_of = functools.cache(lambda form: jax.ShapeDtypeStruct(form.logical_shape, form.dtype))
+        return lambda _number, key, form: function(key, struct_of(form))
     skeleton = wanted.unflatten([_StandIn(number) for number in range(len(wanted.keys))])
     by_number: dict[int, Sharding] = {}
 
@@ -303,7 +382,7 @@ def _sharding_rule(
         jax.tree_util.tree_map(note, sharding, skeleton, is_leaf=_is_prefix_leaf)
     except ValueError as error:
         raise MismatchError(f"sharding= is not a prefix of the restored tree: {error}") from error
-    return lambda number, _key, _struct: by_number.get(number)
+    return lambda number, _key, _form: by_number.get(number)
 
 
 def _is_prefix_leaf(node: Any) -> bool:
@@ -376,7 +455,7 @@ class RestorePlan:
 
     targets: dict[int, Target]
     derived: dict[int, Target]
-    boxes: dict[int, list[Box]]
+    boxes: dict[int, tuple[Box, ...]]
     waves: list[list[int]]
     plans: list[ReadPlan]
 
@@ -395,7 +474,8 @@ def plan_restore(
     derived = {number: target for number, target in targets.items() if target.derivation is not None}
     whole = {number: target for number, target in targets.items() if target.derivation is None}
     boxes = {number: boxes_of(target, manifest.spec(target.leaf)) for number, target in whole.items()}
-    waves = plan_waves(manifest, whole, host_bytes_max)
+    # Two waves are in memory at the same time.
+    waves = plan_waves(manifest, whole, min(host_bytes_max // 2, _WAVE_BYTES_MAX))
     fortran = {target.leaf for target in whole.values() if is_fortran(target, manifest.spec(target.leaf))}
     plans = [
         plan_reads(checkpoint.index, _wanted_boxes(wave, whole, boxes), unit_bytes, fortran) for wave in waves
@@ -404,7 +484,7 @@ def plan_restore(
 
 
 def _wanted_boxes(
-    wave: Sequence[int], targets: dict[int, Target], boxes: dict[int, list[Box]]
+    wave: Sequence[int], targets: dict[int, Target], boxes: dict[int, tuple[Box, ...]]
 ) -> list[tuple[int, list[Box]]]:
     """The leaves of a wave, each once, with the boxes of all its places; these follow one another in a wave."""
     return [
@@ -413,8 +493,22 @@ def _wanted_boxes(
     ]
 
 
+def mappable_leaves(manifest: Manifest, targets: Mapping[int, Target]) -> set[int]:
+    """Leaves whose arrays can show what is stored, in all places where they are wanted."""
+    wanted = {target.leaf for target in targets.values()}
+    return wanted - {
+        target.leaf
+        for target in targets.values()
+        if not (is_as_stored(target, manifest.spec(target.leaf)) and _is_on_cpu(target.sharding))
+    }
+
+
 def restore_targets(
-    checkpoint: Checkpoint, plan: RestorePlan, io_threads: int, process: int = 0
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    io_threads: int,
+    process: int = 0,
+    mapped: set[int] | None = None,
 ) -> dict[int, Any]:
     """Reads, verifies and places the targets of a plan.
 
@@ -423,10 +517,12 @@ def restore_targets(
       plan: What is read, and what becomes of it.
       io_threads: Threads that read and verify.
       process: Index of this process, which may have had leaves of its own.
+      mapped: Given where arrays may show what is stored, neither read nor verified; gets the leaves of which they do.
     """
     own_leaves = checkpoint.own_leaves_of(process)
     manifest = checkpoint.manifest
     executor = ReadExecutor(checkpoint.store, manifest, threads=io_threads)
+    mappable = set() if mapped is None else mappable_leaves(manifest, plan.targets) - own_leaves.keys()
     doing = f"restore {checkpoint.path!r}"
     all_targets = [*plan.targets.values(), *plan.derived.values()]
     executor.check_metadata(metadata_of(manifest, [leaf for target in all_targets for leaf in target.leaves]))
@@ -434,9 +530,11 @@ def restore_targets(
         executor.check_objects(reads)
     executor.raise_problems(doing)
     results: dict[int, Any] = {}
+    moving: list[Any] = []
     for wave, reads in zip(plan.waves, plan.plans, strict=True):
-        executor.read(reads)
+        executor.read(reads, mappable)
         executor.raise_problems(doing)
+        wait_for_transfers(moving)
         filled = iter(reads.destinations)
         for number in wave:
             target = plan.targets[number]
@@ -450,7 +548,10 @@ def restore_targets(
             results[number] = place_leaf(checkpoint, target, value, mine)
             for destination in mine:
                 destination.buffer = None  # what placing did not take over may go
-        wait_for_transfers([results[number] for number in wave])
+        moving = [results[number] for number in wave]
+    wait_for_transfers(moving)
+    if mapped is not None:
+        mapped |= executor.mapped_leaves
     checkpoint.count_read(executor.bytes_read)
     for number, target in plan.derived.items():
         results[number] = _restore_derived(checkpoint, target, own_leaves)
@@ -514,7 +615,9 @@ def plan_waves(manifest: Manifest, targets: dict[int, Target], host_bytes_max: i
     """Splits the targets where their bytes on the host would be too many; on CPU those are the arrays themselves."""
     # All places of a leaf follow one another, so that it is read once.
     order = sorted(targets, key=lambda number: targets[number].leaf)
-    if all(_is_on_cpu(target) for target in targets.values()):
+    if all(
+        map(_is_on_cpu, {target.sharding for target in targets.values() if target.kind in ("array", "key")})
+    ):
         return [order]
     waves: list[list[int]] = [[]]
     wave_bytes = 0
@@ -530,12 +633,10 @@ def plan_waves(manifest: Manifest, targets: dict[int, Target], host_bytes_max: i
     return waves
 
 
-def _is_on_cpu(target: Target) -> bool:
-    if target.kind not in ("array", "key"):
-        return True
-    if target.sharding is None:
+def _is_on_cpu(sharding: Sharding | None) -> bool:
+    if sharding is None:
         return jax.default_backend() == "cpu"
-    return next(iter(target.sharding.device_set)).platform == "cpu"
+    return next(iter(sharding.device_set)).platform == "cpu"
 
 
 def wait_for_transfers(leaves: Sequence[Any]) -> None:
@@ -570,6 +671,7 @@ def report_restore(
     bytes_read: int,
     group_bytes_read: int,
     seconds: float,
+    mapped: Collection[int] = (),
 ) -> RestoreReport:
     """What a restore did."""
     manifest = checkpoint.manifest
@@ -592,6 +694,7 @@ def report_restore(
         bytes_read=bytes_read,
         seconds=seconds,
         group_bytes_read=group_bytes_read,
+        mapped=tuple(keys[number] for number, target in targets.items() if target.leaf in mapped),
     )
 
 

@@ -25,7 +25,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, final
 
 import jax
@@ -37,51 +37,46 @@ import xxhash
 from ._collective import SETTLE_S, CollectiveSave, Outline, outline_leaf
 from ._commit import Attempt, begin
 from ._config import (
-    SPLIT_BYTES_MIN,
     SaveOptions,
     least_piece_bytes,
     piece_bytes_for,
     resolve_host_bytes_max,
 )
+from ._encoding import MANIFEST_BYTES_MAX, parse_manifest
 from ._errors import CheckpointError, CoordinationError, WriteError
 from ._individual import OwnLeaves
 from ._items import encode_items
 from ._keys import FlatTree, flatten
-from ._layout import LeafExtent, Share, WritePlan, plan_writes, present_chunks
-from ._leaves import Template, inspect_leaves
+from ._leaves import NO_LEAVES, inspect_leaves
 from ._manifest import (
     ITEMS_BYTES_MAX,
     ITEMS_DIRECTORY,
-    MANIFEST_BYTES_MAX,
     MANIFEST_NAME,
     NO_CHUNKS,
     OWN_DIRECTORY,
     PARTS_DIRECTORY,
     PROGRAMS_DIRECTORY,
     TIME_S_MAX,
-    LeafSpec,
     Manifest,
     PartEntry,
     StoredObject,
-    parse_manifest,
 )
-from ._ownership import share_writes
 from ._parts import encode_part
 from ._persist import PieceWriter
 from ._pinned import PinnedSnapshot
+from ._planning import plan_save
 from ._processes import Group, current_group
 from ._programs import ExportedProgram, as_program
 from ._progress import Progress, ProgressMeter
-from ._shardings import describe_sharding
 from ._snapshot import choose_staging, take_snapshot
 from ._staging import SnapshotGivenUpError
 from ._store import Store, open_store
 from ._tables import PIECE_ALIGNMENT, ChunkTable
-from ._zarr import METADATA_NAME, array_metadata, group_metadata, leaf_directory
+from ._zarr import METADATA_NAME, group_metadata
 
 _log = logging.getLogger("jaxckpt")
 
-# What a blocking save from host memory passes through: enough to keep the writers busy, no more.
+# What a blocking save from host memory assembles packs in: enough to keep the writers busy, no more.
 _BLOCKING_BYTES_MAX = 64 << 20
 
 
@@ -220,17 +215,13 @@ class SaveJob:
         leaves = inspect_leaves(self._flat.keys, self._flat.leaves)
         self._programs = self._export_programs(flat)
         self._flat.leaves.clear()
-        self._templates = [leaf.template for leaf in leaves]
-        self._own_leaves = OwnLeaves(self._flat.keys, leaves if self._together is not None else [])
-        self._values = {
-            number: leaf.value for number, leaf in enumerate(leaves) if leaf.template.extent is None
-        }
+        self._own_leaves = OwnLeaves(self._flat.keys, leaves if self._together is not None else NO_LEAVES)
+        self._values = leaves.values
         host_bytes_max = resolve_host_bytes_max(options.host_bytes_max, self._processes_here)
-        staging = choose_staging(leaves, options.staging)
+        staging = choose_staging(leaves, options.staging, is_blocking=is_blocking)
         if is_blocking and staging == "pool":
             host_bytes_max = min(host_bytes_max, _BLOCKING_BYTES_MAX)
-            if not self.store.wants_aligned_memory:
-                staging = "direct"
+            staging = "direct"
         piece_bytes = piece_bytes_for(host_bytes_max)
         self._pack_bytes_max = options.pack_bytes_max
         if group is not None:
@@ -239,24 +230,22 @@ class SaveJob:
             piece_bytes = max(piece_bytes, least)
             self._pack_bytes_max = min(options.pack_bytes_max, least - PIECE_ALIGNMENT)
         is_shared = self._together is not None and not self._together.is_local
-        self._plan, self._shares = _plan_for(
-            tuple(template.extent for template in self._templates),
-            options.chunk_bytes_max,
-            self._pack_bytes_max,
-            piece_bytes,
-            (group.index, group.count) if is_shared and group is not None else None,
+        self._plan = plan_save(
+            self._flat.keys,
+            leaves.kinds,
+            chunk_bytes_max=options.chunk_bytes_max,
+            pack_bytes_max=self._pack_bytes_max,
+            piece_bytes=piece_bytes,
+            group=(group.index, group.count) if is_shared and group is not None else None,
         )
-        self._directories = _directories_for(
-            self._flat.keys, self._templates, self._plan, self._pack_bytes_max
-        )
-        total = sum(piece.length for piece in self._plan.pieces)
+        total = sum(piece.length for piece in self._plan.writes.pieces)
         self.meter = ProgressMeter(total, "snapshot", context.on_progress)
-        self._snapshot = take_snapshot(staging, leaves, self._plan, host_bytes_max, piece_bytes)
+        self._snapshot = take_snapshot(staging, leaves, self._plan.writes, host_bytes_max, piece_bytes)
         # Last, since its threads must be ended by whoever fails from here on.
         self._writer = PieceWriter(
             self.store,
-            self._plan,
-            call_count=len(self._directories) + 3,
+            self._plan.writes,
+            call_count=len(self._plan.directories) + 3,
             threads=options.io_threads,
             meter=self.meter,
             on_failure=None if self._together is None else self.give_up,
@@ -315,7 +304,7 @@ class SaveJob:
             "programs": sorted(self._context.programs or {}),
             "options": [options.chunk_bytes_max, self._pack_bytes_max],
         }
-        leaves = tuple(map(outline_leaf, self._templates))
+        leaves = tuple(map(outline_leaf, self._plan.kinds.templates))
         return Outline(call, self._flat.nodes, self._flat.keys, leaves)
 
     def _stop(self, error: BaseException) -> None:
@@ -400,10 +389,10 @@ class SaveJob:
         waited_s = self._context.waited_s
         info = CheckpointInfo(
             path=self.store.path,
-            nbytes=sum(template.spec.nbytes for template in self._templates),
+            nbytes=self._plan.kinds.nbytes,
             bytes_written=self._bytes_written + manifest_bytes,
             leaves=len(self._flat.keys),
-            objects=len(self._plan.objects),
+            objects=len(self._plan.writes.objects),
             blocked_s=waited_s + (seconds if self._is_blocking else self._staged_s),
             seconds=waited_s + seconds,
             step=self._context.step,
@@ -438,9 +427,8 @@ class SaveJob:
         """Commits, alone or with the other processes; returns the bytes of the manifest that this process wrote."""
         attempt = self._attempt
         assert attempt is not None
-        chunks = ChunkTable(
-            self._plan.pack, self._plan.offset, self._plan.length, bytes(self._writer.checksums)
-        )
+        writes = self._plan.writes
+        chunks = ChunkTable(writes.pack, writes.offset, writes.length, bytes(self._writer.checksums))
         own = attempt.metadata_objects
         self._bytes_written = int(chunks.length.sum()) + sum(entry.length for entry in own)
         if self._together is None:
@@ -448,13 +436,11 @@ class SaveJob:
         together = self._together
         part: PartEntry | None = None
         if not together.is_local:
-            data = encode_part(together.index, chunks, self._plan.packs)
+            data = encode_part(together.index, chunks, writes.packs)
             name = f"{attempt.data}/{PARTS_DIRECTORY}/{together.index}"
             self.store.put(name, data)
             stored_bytes = int(chunks.length.sum())
-            part = PartEntry(
-                name, len(data), xxhash.xxh3_128_digest(data), len(self._plan.objects), stored_bytes
-            )
+            part = PartEntry(name, len(data), xxhash.xxh3_128_digest(data), len(writes.objects), stored_bytes)
             self._bytes_written += len(data)
         self.store.sync()
         if together.index != 0 and not together.is_local:
@@ -524,12 +510,12 @@ class SaveJob:
     def _object_names(self, attempt: Attempt) -> list[str]:
         process = 0 if self._together is None or self._together.is_local else self._together.index
         names = []
-        for entry in self._plan.objects:
+        for entry in self._plan.writes.objects:
             if entry.leaf is None:
                 names.append(f"{attempt.data}/packs/{process}-{entry.index[0]}")
             else:
                 chunk = ".".join(["c", *map(str, entry.index)])
-                names.append(f"{attempt.data}/{self._directories[entry.leaf]}/{chunk}")
+                names.append(f"{attempt.data}/{self._plan.directories[entry.leaf]}/{chunk}")
         return names
 
     def _metadata_calls(
@@ -547,13 +533,7 @@ class SaveJob:
             return [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
         if together is None:  # in a group it is there already
             contents[METADATA_NAME] = group_metadata()
-        for leaf, directory in self._directories.items():
-            contents[f"{directory}/{METADATA_NAME}"] = array_metadata(
-                self._flat.keys[leaf], self._spec(leaf, None)
-            )
-            parts = directory.split("/")
-            for depth in range(1, len(parts)):
-                contents["/".join([*parts[:depth], METADATA_NAME])] = group_metadata()
+        contents |= self._plan.zarr_objects
         calls = [functools.partial(attempt.put_metadata, name, data) for name, data in contents.items()]
         if self._programs:
             calls.append(functools.partial(self._put_programs, attempt))
@@ -571,37 +551,15 @@ class SaveJob:
             else:
                 attempt.share_metadata(name, program.data, store, earlier)
 
-    def _spec(self, leaf: int, sharding: int | None) -> LeafSpec:
-        chunk_shape = self._plan.chunk_shapes[leaf]
-        return dataclasses.replace(self._templates[leaf].spec, chunk_shape=chunk_shape, sharding=sharding)
-
     def _manifest(
         self, chunks: ChunkTable, objects: tuple[StoredObject, ...], parts: tuple[PartEntry, ...] = ()
     ) -> Manifest:
         assert self._attempt is not None
-        owners, owner_index = self._owners()
-        shardings: dict[int, int] = {}
-        descriptors: list[dict[str, Any]] = []
-        specs: dict[Any, int] = {}
-        spec_list: list[LeafSpec] = []
-        spec_index = np.zeros(len(self._templates), np.uint32)
-        chunk_shapes = self._plan.chunk_shapes
-        for leaf, template in enumerate(self._templates):
-            number = None
-            if template.sharding is not None:
-                descriptor = describe_sharding(template.sharding)
-                number = shardings.setdefault(id(descriptor), len(descriptors))
-                if number == len(descriptors):
-                    descriptors.append(descriptor)
-            # Shardings and device templates are remembered objects; host arrays are compared by what they are.
-            identity = (
-                id(template) if template.sharding is not None else repr(template.spec),
-                chunk_shapes[leaf],
-            )
-            if identity not in specs:
-                specs[identity] = len(spec_list)
-                spec_list.append(self._spec(leaf, number))
-            spec_index[leaf] = specs[identity]
+        owners: tuple[np.ndarray[Any, Any], ...] = ()
+        owner_index = np.zeros(0, np.int32)
+        if self._together is not None:
+            owners, owner_index = self._plan.owners
+        specs = self._plan.specs
         return Manifest(
             data=self._attempt.data,
             created_s=_possible_time(self._context.wall_s()),
@@ -609,12 +567,12 @@ class SaveJob:
             metadata=self._metadata,
             nodes=self._flat.nodes,
             keys=self._flat.keys,
-            specs=tuple(spec_list),
-            spec_index=spec_index,
+            specs=specs.specs,
+            spec_index=specs.index,
             values=self._values,
-            shardings=tuple(descriptors),
-            directories=self._directories,
-            packs=() if parts else self._plan.packs,
+            shardings=specs.shardings,
+            directories=self._plan.directories,
+            packs=() if parts else self._plan.writes.packs,
             chunks=NO_CHUNKS if parts else chunks,
             objects=objects,
             metrics=_read_metrics(self._metrics),
@@ -634,26 +592,6 @@ class SaveJob:
             ),
         )
 
-    def _owners(self) -> tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]:
-        """Columns of owners, each once, and the number of each leaf's; none with one process."""
-        columns: dict[Any, int] = {}
-        found: list[np.ndarray[Any, Any]] = []
-        index = np.full(len(self._templates), -1, np.int32)
-        if self._together is None:
-            return (), np.zeros(0, np.int32)
-        for leaf, template in enumerate(self._templates):
-            extent, chunk_shape = template.extent, self._plan.chunk_shapes[leaf]
-            share = None if self._shares is None else self._shares[leaf]
-            if extent is None or 0 in extent.shape:
-                continue
-            identity = (extent, chunk_shape) if share is None else id(share.owners)
-            number = columns.get(identity)
-            if number is None:
-                number = columns[identity] = len(found)
-                found.append(present_chunks(extent, chunk_shape) if share is None else share.owners)
-            index[leaf] = number
-        return tuple(found), index
-
 
 def _has_no_values(flat: FlatTree) -> bool:
     """Whether a tree says shapes only."""
@@ -672,49 +610,6 @@ def _stored_programs(store: Store) -> dict[bytes, str]:
     except (OSError, CheckpointError):
         return {}
     return {entry.sha256: entry.name for entry in manifest.programs.values()}
-
-
-@functools.lru_cache(maxsize=8)
-def _plan_for(
-    extents: tuple[LeafExtent | None, ...],
-    chunk_bytes_max: int,
-    pack_bytes_max: int,
-    piece_bytes: int,
-    group: tuple[int, int] | None,
-) -> tuple[WritePlan, list[Share | None] | None]:
-    """The write plan, remembered: a training loop saves the same tree again and again.
-
-    Args:
-      extents: What has bytes.
-      chunk_bytes_max: As in the options.
-      pack_bytes_max: As in the options.
-      piece_bytes: Most bytes of a piece.
-      group: Index of this process and their number, where they share the writing.
-    """
-    shares = None
-    if group is not None:
-        shares = share_writes(
-            extents, group[1], chunk_bytes_max=chunk_bytes_max, split_bytes_min=SPLIT_BYTES_MIN
-        )
-    plan = plan_writes(
-        extents,
-        chunk_bytes_max=chunk_bytes_max,
-        pack_bytes_max=pack_bytes_max,
-        piece_bytes=piece_bytes,
-        shares=shares,
-        process=0 if group is None else group[0],
-    )
-    return plan, shares
-
-
-def _directories_for(
-    keys: Sequence[str], templates: Sequence[Template], plan: WritePlan, pack_bytes_max: int
-) -> dict[int, str]:
-    """Directory of each leaf that is a Zarr array: those with objects of their own, or all when nothing is packed."""
-    leaves = set(plan.unpacked)
-    if pack_bytes_max == 0:
-        leaves |= {number for number, template in enumerate(templates) if template.extent is not None}
-    return {leaf: leaf_directory(keys[leaf]) for leaf in sorted(leaves)}
 
 
 def _copy_metadata(metadata: Any) -> Any:

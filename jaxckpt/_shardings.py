@@ -140,26 +140,28 @@ def give_devices(sharding: Sharding, saved: dict[str, Any] | None, shape: tuple[
     return rebuild_sharding(descriptor, shape)
 
 
-def fit_to_mesh(descriptor: dict[str, Any] | None, mesh: Mesh, shape: tuple[int, ...], key: str) -> Sharding:
-    """The saved partition spec on another mesh; replicated when there was none.
+def fit_to_mesh(
+    descriptor: dict[str, Any] | None, mesh: Mesh, shape: tuple[int, ...]
+) -> tuple[Sharding, str | None]:
+    """The saved partition spec on another mesh; replicated when there was none. And what to log if it does not divide.
 
     Args:
       descriptor: From `describe_sharding`, or None.
       mesh: The caller's mesh.
       shape: Shape of the array.
-      key: Key of the leaf, for the log.
     """
     if descriptor is None:
-        return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec()), None
     if descriptor["type"] != "named":
-        return _with_memory_kind(NamedSharding(mesh, PartitionSpec()), descriptor["memory_kind"])
+        return _with_memory_kind(NamedSharding(mesh, PartitionSpec()), descriptor["memory_kind"]), None
     sharding = _fit(descriptor, mesh, shape)
     wanted = [_known_axes(entry, mesh) for entry in descriptor["spec"]]
     got = [_axes_of(entry) for entry in sharding.spec.partitions]
     got += [[]] * (len(wanted) - len(got))
+    retreat = None
     if wanted != got:
-        _log.info("%s: shape %s does not divide over %s; sharded as %s", key, shape, wanted, sharding.spec)
-    return _with_memory_kind(sharding, descriptor["memory_kind"])
+        retreat = f"shape {shape} does not divide over {wanted}; sharded as {sharding.spec}"
+    return _with_memory_kind(sharding, descriptor["memory_kind"]), retreat
 
 
 def default_device() -> Device:

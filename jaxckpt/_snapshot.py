@@ -14,12 +14,20 @@ What we do.
 * ``pinned`` (GPU, TPU): one batched ``device_put`` of all shards to ``pinned_host`` memory. It is enqueued behind the
   computation in flight and before the next one; the runtime orders the donating step after the copy on the device.
   The caller waits for nothing. What we later read on the host are these disposable copies.
+* ``device`` (GPU, TPU): the shards are first copied on their devices, by a compiled function that runs behind the
+  computation in flight. A thread transfers the copies to ``pinned_host`` memory as far as there is room, and gives up
+  each on the way. The caller waits for no room, and the donating step for a copy within the device's memory, some tens
+  of times faster than one to the host.
 * ``pool`` (CPU, where the values are in host memory already): wait for the values and copy them, piece by piece, into
   buffers that are reused from save to save, since memory touched for the first time costs five times its copy.
-* ``direct`` (a blocking `save` on CPU to storage that takes any memory): nothing is copied, since the caller waits
-  until everything is written. Views are held meanwhile, so that a thread that donates the arrays anyway cannot disturb
-  the save. Where storage wants aligned memory (O_DIRECT), a blocking save goes through a small pool instead: a copy
-  that stays in the processor's cache costs less than the copy into the page cache that it avoids.
+* ``direct`` (a blocking `save` on CPU): arrays of JAX are not copied, since the caller waits until everything is
+  written. Views are held meanwhile, so that a thread that donates the arrays anyway cannot disturb the save.
+
+On accelerators ``auto`` takes ``device`` where memory has room for the copy beside all that training took at its peak
+(`DeviceMemory`), and ``pinned`` elsewhere: a save must never take the memory of a step. This choice follows from how
+the runtimes order copies; it is not measured yet. ``python -m benchmarks.gpu`` compares the ways. What cannot be seen
+when the choice is made: a later step that takes more than all before. Staging says how bytes reach the writer, never
+what is written, so that the processes of a group may choose differently.
 
 Memory. `HostMemory` counts every byte of staging of the process against ``host_bytes_max``. When there is no room,
 the caller of `save_async` waits until the writer has released some. A shard that is larger than the room is cut, on
@@ -31,29 +39,36 @@ overwritten, and no reference to a leaf is kept. Deliberately not here: any know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import final
-
-import jax
+import functools
+from typing import Literal, final
 
 from ._layout import WritePlan
-from ._leaves import Leaf
+from ._leaves import NO_LEAVES, Leaves, StreamedArray
 from ._pinned import PinnedSnapshot, pinned_sharding
 from ._staging import Snapshot, Submit
 from ._viewing import HostReader
 
 
-def choose_staging(leaves: Sequence[Leaf], staging: str) -> str:
-    """``"pinned"`` or ``"pool"``, by the devices that hold the arrays."""
-    if staging != "auto":
-        return staging
-    for leaf in leaves:
-        if isinstance(leaf.data, jax.Array):
-            for device in leaf.data.sharding.addressable_devices:
-                if device.platform != "cpu" and pinned_sharding(device) is not None:
-                    return "pinned"
-                break  # they are all of one kind; none is here when other processes have the whole array
-    return "pool"
+def choose_staging(leaves: Leaves, staging: str, *, is_blocking: bool) -> str:
+    """``"pool"``, ``"pinned"``, ``"device"`` or, if that is for `PinnedSnapshot` to say, ``"device if room"``.
+
+    Args:
+      leaves: The leaves of the tree; ``"auto"`` goes by the devices that hold the arrays.
+      staging: As in the options.
+      is_blocking: Who waits for the save anyway gains nothing by a copy on the device.
+    """
+    if staging == "auto":
+        staging = "device if room" if _are_on_accelerator(leaves) else "pool"
+    return "pinned" if is_blocking and staging != "pool" else staging
+
+
+def _are_on_accelerator(leaves: Leaves) -> bool:
+    for sharding in leaves.kinds.shardings:
+        for device in sharding.addressable_devices:
+            if device.platform != "cpu" and pinned_sharding(device) is not None:
+                return True
+            break  # they are all of one kind; none is here when other processes have the whole array
+    return False
 
 
 @final
@@ -61,10 +76,10 @@ class PoolSnapshot(Snapshot):
     """Copies everything into reused host buffers before `stage` returns."""
 
     def stage(self, submit: Submit) -> None:
-        reader = HostReader(self._leaves)
-        self._leaves = ()
-        for piece in self._plan.pieces:
-            self._copy_piece(piece, reader.copy_to, submit)
+        reader = HostReader(self._leaves, self._plan)
+        self._leaves = NO_LEAVES
+        for number in self._plan.interleaved:
+            self._fill_piece(self._plan.pieces[number], functools.partial(reader.copy_piece, number), submit)
 
     def drain(self, submit: Submit) -> None:
         """Nothing is left to do."""
@@ -72,21 +87,27 @@ class PoolSnapshot(Snapshot):
 
 @final
 class DirectSnapshot(Snapshot):
-    """Hands over views of the arrays themselves, for a caller who waits; only packs are assembled in buffers."""
+    """Hands over views of the arrays themselves, for a caller who waits.
+
+    What goes into packs is assembled in buffers. NumPy arrays are copied, since other threads of the program may write
+    into them between the checksum and the write.
+    """
 
     def stage(self, submit: Submit) -> None:
-        reader = HostReader(self._leaves)
-        self._leaves = ()
-        for piece in self._plan.pieces:
+        reader = HostReader(self._leaves, self._plan)
+        has_streams = any(isinstance(array, StreamedArray) for array in self._leaves.arrays)
+        self._leaves = NO_LEAVES
+        for number in range(len(self._plan.pieces)) if has_streams else self._plan.interleaved:
+            piece = self._plan.pieces[number]
             segment = piece.segments[0]
             if (
                 len(piece.segments) == 1
                 and segment.stored == segment.hi - segment.lo
-                and reader.is_view(segment)
+                and reader.is_constant_view(segment)
             ):
                 submit(piece, reader.read(segment), _nothing)
             else:
-                self._copy_piece(piece, reader.copy_to, submit)
+                self._fill_piece(piece, functools.partial(reader.copy_piece, number), submit)
 
     def drain(self, submit: Submit) -> None:
         """Nothing is left to do."""
@@ -97,8 +118,16 @@ def _nothing() -> None:
 
 
 def take_snapshot(
-    kind: str, leaves: Sequence[Leaf], plan: WritePlan, bytes_max: int, piece_bytes: int
+    kind: str, leaves: Leaves, plan: WritePlan, bytes_max: int, piece_bytes: int
 ) -> PoolSnapshot | PinnedSnapshot | DirectSnapshot:
-    """The snapshot of a kind: ``"pool"``, ``"pinned"`` or ``"direct"``."""
-    classes = {"pool": PoolSnapshot, "pinned": PinnedSnapshot, "direct": DirectSnapshot}
-    return classes[kind](leaves, plan, bytes_max, piece_bytes)
+    """The snapshot of a kind that `choose_staging` gives, or of ``"direct"``."""
+    if kind == "pool":
+        return PoolSnapshot(leaves, plan, bytes_max, piece_bytes)
+    if kind == "direct":
+        return DirectSnapshot(leaves, plan, bytes_max, piece_bytes)
+    copies: dict[str, Literal["none", "if room", "all"]] = {
+        "pinned": "none",
+        "device if room": "if room",
+        "device": "all",
+    }
+    return PinnedSnapshot(leaves, plan, bytes_max, piece_bytes, copies[kind])

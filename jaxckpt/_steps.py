@@ -21,19 +21,15 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import xxhash
 
 from ._commit import PIN_NAME, retract, sweep
+from ._encoding import MANIFEST_BYTES_MAX, checksum_of_manifest, parse_manifest
 from ._errors import CheckpointError
-from ._manifest import (
-    MANIFEST_BYTES_MAX,
-    MANIFEST_NAME,
-    checksum_of_manifest,
-    parse_manifest,
-)
+from ._manifest import MANIFEST_NAME
 from ._store import Store, cut_off_name
 
 _log = logging.getLogger("jaxckpt")
@@ -92,27 +88,30 @@ class StepDirectory:
         """Where the directory is."""
         return self._store.path
 
-    def _candidates(self) -> Iterator[tuple[int, str]]:
-        """Every name that may be a step's directory, with its step."""
+    def _candidates(self) -> dict[str, int]:
+        """The step of every name that may be a step's directory."""
+        # Not a thousand pairs: they would set off a collection of all garbage, ten times as long as the listing.
+        candidates: dict[str, int] = {}
         for name in self._store.names():
             match = self._pattern.fullmatch(name)
             if match is not None:
-                yield int(match[1]), name
+                candidates[name] = int(match[1])
+        return candidates
 
     def committed(self) -> dict[int, str]:
         """Directory of each committed step, ascending."""
-        looked_at: list[tuple[int, str]] | None = None
+        looked_at: dict[str, int] | None = None
         while True:
-            candidates = list(self._candidates())
+            candidates = self._candidates()
             found: dict[int, str] = {}
-            for step, name in candidates:
+            for name, step in candidates.items():
                 # Of two widths for one step the manager's own counts, else the one that sorts first.
                 is_first = step not in found or name == self._name_of(step)
                 if is_first and self.fingerprint(name) is not None:
                     found[step] = name
             # Steps that are gone before they are looked at may have been deleted for younger ones, not yet listed.
-            if found or candidates in ([], looked_at):
-                return dict(sorted(found.items()))
+            if found or candidates in ({}, looked_at):
+                return {step: found[step] for step in sorted(found)}
             looked_at = candidates
 
     def store_of(self, step: int) -> Store:
@@ -120,7 +119,7 @@ class StepDirectory:
         # The usual name needs no listing.
         usual = self._name_of(step)
         if self.fingerprint(usual) is None:
-            for other, name in self._candidates():
+            for name, other in self._candidates().items():
                 if other == step and self.fingerprint(name) is not None:
                     return self._store.child(name)
         return self._store.child(usual)
@@ -211,13 +210,13 @@ class StepDirectory:
 
     def delete(self, step: int) -> bool:
         """Deletes a step under each of its names, marker first; False when somebody is reading it."""
-        names = [name for other, name in self._candidates() if other == step]
+        names = [name for name, other in self._candidates().items() if other == step]
         committed = [name for name in names if self.fingerprint(name) is not None]
         return all(self._store.delete_link(name) or retract(self._store.child(name)) for name in committed)
 
     def sweep(self) -> None:
         """Deletes what saves left that were never committed; what cannot be deleted does not keep the rest."""
-        _call_all([functools.partial(self._sweep_uncommitted, name) for _, name in self._candidates()])
+        _call_all([functools.partial(self._sweep_uncommitted, name) for name in self._candidates()])
 
     def _sweep_uncommitted(self, name: str) -> None:
         if self.fingerprint(name) is not None or self._store.is_link(name):

@@ -31,29 +31,38 @@ import os
 import re
 import secrets
 import stat
+import sys
 import threading
 import urllib.parse
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, final
 
 import numpy as np
 
-from ._config import MIB
+from ._config import BLOCK_BYTES, MIB
 from ._errors import CheckpointError
 
 Buffer = np.ndarray[Any, np.dtype[np.uint8]]
 
 # Memory address, file offset and length that O_DIRECT needs; 4096 suits every disk in use.
 _DIRECT_ALIGNMENT = 4096
-# A source that is not aligned goes through a buffer of this size, one for each writing thread: small enough to stay
-# in the processor's cache between the copy and the write.
-_BOUNCE_BYTES = 2 * MIB
+# What is written in one step, so that it stays in the processor's cache from the checksum to the write. For O_DIRECT a
+# source that is not aligned is copied first, into a buffer of this size, one for each writing thread. Whole blocks.
+_WRITE_STEP_BYTES = 2 * BLOCK_BYTES
 # Number of the system call cachestat(2), the same on every architecture. It needs no lock on the address space, for
 # which mincore(2) would wait while other threads fault in fresh memory.
 _SYS_CACHESTAT = 451
+# Of x86-64, and of ARM with pages of 4 KiB.
+_HUGE_PAGE_BYTES = 2 * MIB
+# Flag of mmap(2) on Linux that Python does not name: map at this address.
+_MAP_FIXED = 0x10
 # Below this a file is written through the page cache; there is nothing to win.
 _DIRECT_BYTES_MIN = MIB
+# A block that is read in a step of its own is verified while it is in the processor's cache. Past the page cache it is
+# not there anyway, and the disk wants more in one go.
+_READ_STEP_BYTES = BLOCK_BYTES
+_DIRECT_STEP_BYTES = 4 * MIB
 # The first bytes of a manifest tell it from every other one, for its checksum is among them.
 _FINGERPRINT_BYTES = 64
 # A process has about a thousand file descriptors: what reads so many checkpoints at once does without holding them.
@@ -120,6 +129,14 @@ class ObjectWriter(abc.ABC):
     def write(self, offset: int, data: Buffer) -> None:
         """Writes a range. The last range may end anywhere, all others at multiples of 4096."""
 
+    def write_steps(self, offset: int, data: Buffer) -> Iterator[Buffer]:
+        """As `write`, but yields part after part, each right before it is written; all but the last are whole blocks.
+
+        Whoever looks at the bytes then brings them into the processor's cache, from which they are written.
+        """
+        yield data
+        self.write(offset, data)
+
     @abc.abstractmethod
     def finish(self) -> None:
         """Makes the object's bytes durable."""
@@ -138,11 +155,6 @@ class Store(abc.ABC):
     def name(self) -> str:
         """The last part of the path."""
         return self.path.rpartition("/")[2]
-
-    @property
-    def wants_aligned_memory(self) -> bool:
-        """Whether writing from memory that does not start at a page costs a copy."""
-        return False
 
     @abc.abstractmethod
     def create(self, name: str, length: int) -> ObjectWriter:
@@ -178,6 +190,21 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def read_into(self, name: str, offset: int, buffer: Buffer) -> int:
         """Fills the buffer from an object and returns how many bytes there were."""
+
+    def read_steps(self, name: str, offset: int, buffer: Buffer) -> Iterator[int]:
+        """As `read_into`, but yields how many bytes there are so far, again and again.
+
+        Whoever looks at the bytes in between finds them in the processor's cache.
+        """
+        yield self.read_into(name, offset, buffer)
+
+    def map_into(self, name: str, offset: int, buffer: Buffer) -> bool:
+        """Lets a buffer of `allocate_aligned` show a range of an object instead of a copy; False where it cannot.
+
+        What is written into the buffer later is never written to the object.
+        """
+        del name, offset, buffer
+        return False
 
     @abc.abstractmethod
     def delete_tree(self, name: str) -> None:
@@ -351,6 +378,9 @@ class LocalStore(Store):
         return os.path.isfile(os.path.join(self.path, name))
 
     def read_into(self, name: str, offset: int, buffer: Buffer) -> int:
+        return max(self.read_steps(name, offset, buffer), default=0)
+
+    def read_steps(self, name: str, offset: int, buffer: Buffer) -> Iterator[int]:
         path = os.path.join(self.path, name)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -360,8 +390,28 @@ class LocalStore(Store):
                 and self._is_direct
                 and not _is_cached(descriptor, offset, len(buffer))
             ):
-                done = _read_direct(path, descriptor, offset, buffer)
-            return done + _read_all(descriptor, offset + done, buffer[done:])
+                for done in _read_direct(path, descriptor, offset, buffer):
+                    yield done
+            for count in _read_steps(descriptor, offset + done, buffer[done:]):
+                yield done + count
+        finally:
+            os.close(descriptor)
+
+    def map_into(self, name: str, offset: int, buffer: Buffer) -> bool:
+        address = buffer.ctypes.data
+        head = -address % mmap.PAGESIZE
+        length = (len(buffer) - head) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length <= 0 or (offset + head) % mmap.PAGESIZE:
+            return False
+        descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(descriptor).st_size < offset + len(buffer):
+                return False
+            # What shares its page with other memory is read.
+            tail = head + length
+            _read_all(descriptor, offset, buffer[:head])
+            _read_all(descriptor, offset + tail, buffer[tail:])
+            return _map_at(address + head, length, descriptor, offset + head)
         finally:
             os.close(descriptor)
 
@@ -444,10 +494,10 @@ class LocalStore(Store):
             found = os.fstat(descriptor)
             if found.st_nlink == 0:
                 continue  # replaced or deleted since it was opened
-            data = bytearray(min(found.st_size, bytes_max + 1))
-            count = _read_all(descriptor, 0, np.frombuffer(data, np.uint8))
+            data = np.empty(min(found.st_size, bytes_max + 1), np.uint8)
+            count = _read_all(descriptor, 0, data)
             is_kept = is_held and descriptor < _HELD_DESCRIPTOR_MAX
-            return bytes(data[:count]), hold if is_kept else None
+            return data[:count].tobytes(), hold if is_kept else None
 
     def hold_shared(self, name: str) -> Hold | None:
         try:
@@ -506,10 +556,6 @@ class LocalStore(Store):
             self._changed[directory] = None
             self._known.update((parent, *missing, directory))
 
-    @property
-    def wants_aligned_memory(self) -> bool:
-        return self._is_direct
-
     @functools.cached_property
     def _is_direct(self) -> bool:
         return hasattr(os, "O_DIRECT") and not _is_in_memory(self.path)
@@ -538,17 +584,31 @@ class _LocalWriter(ObjectWriter):
         self._descriptor = kernel.open(path, flags, 0o666)
 
     def write(self, offset: int, data: Buffer) -> None:
-        is_aligned = data.ctypes.data % _DIRECT_ALIGNMENT == 0 and len(data) % _DIRECT_ALIGNMENT == 0
-        if is_aligned or not self._is_direct:
-            _write_all(self._kernel, self._descriptor, offset, data)
-        else:
-            bounce = _thread_bounce_buffer()
-            for start in range(0, len(data), _BOUNCE_BYTES):
-                part = data[start : start + _BOUNCE_BYTES]
+        for _ in self.write_steps(offset, data):
+            pass
+
+    def write_steps(self, offset: int, data: Buffer) -> Iterator[Buffer]:
+        is_aligned = data.ctypes.data % _DIRECT_ALIGNMENT == 0
+        step_bytes = len(data) if self._is_direct and is_aligned else _WRITE_STEP_BYTES
+        for start in range(0, len(data), step_bytes or 1):
+            part = data[start : start + step_bytes]
+            if self._is_direct and not is_aligned:
+                bounce = _thread_bounce_buffer()
                 bounce[: len(part)] = part
-                padded = -(-len(part) // _DIRECT_ALIGNMENT) * _DIRECT_ALIGNMENT
-                bounce[len(part) : padded] = 0
-                _write_all(self._kernel, self._descriptor, offset + start, bounce[:padded])
+                part = bounce[: len(part)]
+            yield part
+            self._write_part(offset + start, part)
+
+    def _write_part(self, offset: int, part: Buffer) -> None:
+        """Writes what starts at a page, if it must; a last part of a page is filled with zeros, up to `finish`."""
+        rest = len(part) % _DIRECT_ALIGNMENT if self._is_direct else 0
+        whole = len(part) - rest
+        _write_all(self._kernel, self._descriptor, offset, part[:whole])
+        if rest:
+            page = _thread_bounce_buffer()[:_DIRECT_ALIGNMENT]
+            page[:rest] = part[whole:]
+            page[rest:] = 0
+            _write_all(self._kernel, self._descriptor, offset + whole, page)
 
     def finish(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -571,7 +631,7 @@ _thread_buffers = threading.local()
 def _thread_bounce_buffer() -> Buffer:
     """An aligned buffer of the calling thread, reused for its lifetime."""
     if not hasattr(_thread_buffers, "bounce"):
-        _thread_buffers.bounce = allocate_aligned(_BOUNCE_BYTES)
+        _thread_buffers.bounce = allocate_aligned(_WRITE_STEP_BYTES)
     buffer: Buffer = _thread_buffers.bounce
     return buffer
 
@@ -586,12 +646,19 @@ def allocate_aligned(nbytes: int, offset: int = 0) -> Buffer:
     if nbytes == 0:
         return np.empty(0, np.uint8)
     lead = offset % _DIRECT_ALIGNMENT
+    length = lead + nbytes
+    has_huge_pages = nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
+    if has_huge_pages:
+        # Linux starts mappings of whole huge pages at one.
+        length = -(-length // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     # Private: Python's default is shared memory, which gets no huge pages.
-    region = mmap.mmap(-1, lead + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= 2 * MIB and hasattr(mmap, "MADV_HUGEPAGE"):
+    region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if has_huge_pages:
+        # The last one is taken whole if at least half of it is used.
+        advised = (lead + nbytes + _HUGE_PAGE_BYTES // 2) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
         with contextlib.suppress(OSError):
-            region.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(region, np.uint8)[lead:]
+            region.madvise(mmap.MADV_HUGEPAGE, 0, advised)
+    return np.frombuffer(region, np.uint8)[lead : lead + nbytes]
 
 
 def _lock(descriptor: int, kind: int) -> bool:
@@ -626,42 +693,48 @@ def _write_some(kernel: Kernel, descriptor: int, offset: int, data: memoryview) 
 
 def _read_all(descriptor: int, offset: int, buffer: Buffer) -> int:
     """Fills a buffer as far as the file goes; returns the bytes that there were."""
+    return max(_read_steps(descriptor, offset, buffer), default=0)
+
+
+def _read_steps(
+    descriptor: int, offset: int, buffer: Buffer, step_bytes: int = _READ_STEP_BYTES
+) -> Iterator[int]:
+    """Fills a buffer as far as the file goes; yields after each call how far it is filled."""
     done = 0
     view = memoryview(buffer)
     while done < len(buffer):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        count = os.preadv(descriptor, [view[done : done + step_bytes]], offset + done)
         if count == 0:
             break
         done += count
-    return done
+        yield done
 
 
-def _read_direct(path: str, descriptor: int, offset: int, buffer: Buffer) -> int:
-    """Reads past the page cache as much of a range as O_DIRECT can; returns how far it came.
+def _read_direct(path: str, descriptor: int, offset: int, buffer: Buffer) -> Iterator[int]:
+    """Reads past the page cache as much of a range as O_DIRECT can; yields how far it has come.
 
     The first bytes up to a multiple of 4096 are read through the cache. What is left at the end is for the caller.
     """
     head = -offset % _DIRECT_ALIGNMENT
     if (buffer.ctypes.data + head) % _DIRECT_ALIGNMENT:
-        return 0
+        return
     end = head + (len(buffer) - head) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
     try:
         direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
-        return 0  # this file system has no O_DIRECT
+        return  # this file system has no O_DIRECT
     try:
-        done = _read_all(descriptor, offset, buffer[:head])
-        view = memoryview(buffer)
-        while head <= done < end:
-            count = os.preadv(direct, [view[done:end]], offset + done)
-            done += count
-            if count == 0 or count % _DIRECT_ALIGNMENT:  # the file ends here
-                break
-        return done
+        if _read_all(descriptor, offset, buffer[:head]) < head:
+            return
+        for count in _read_steps(direct, offset + head, buffer[head:end], _DIRECT_STEP_BYTES):
+            yield head + count
+            if count % _DIRECT_ALIGNMENT:  # the file ends here
+                return
     except OSError as error:
-        if error.errno == errno.EINVAL:  # stricter about alignment than we know; the cache serves as well
-            return 0
-        raise
+        if (
+            error.errno != errno.EINVAL
+        ):  # else stricter about alignment than we know; the cache serves as well
+            raise
     finally:
         os.close(direct)
 
@@ -686,6 +759,32 @@ def _is_cached(descriptor: int, offset: int, length: int) -> bool:
 @functools.cache
 def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+def _map_at(address: int, length: int, descriptor: int, offset: int) -> bool:
+    """Puts pages of a file in the place of private memory; what is written to them stays private."""
+    if sys.platform != "linux":
+        return False
+    call = _c_library().mmap
+    call.restype = ctypes.c_void_p
+
+    def map_pages(flags: int, descriptor: int, offset: int) -> bool:
+        result = call(
+            ctypes.c_void_p(address),
+            ctypes.c_size_t(length),
+            ctypes.c_int(mmap.PROT_READ | mmap.PROT_WRITE),
+            ctypes.c_int(flags | mmap.MAP_PRIVATE | _MAP_FIXED),
+            ctypes.c_int(descriptor),
+            ctypes.c_long(offset),
+        )
+        return bool(result == address)
+
+    if map_pages(0, descriptor, offset):
+        return True
+    # A mapping that fails may have taken away what was there before.
+    if not map_pages(mmap.MAP_ANONYMOUS, -1, 0):
+        raise MemoryError(f"the kernel has no mapping left for {length} bytes")
+    return False
 
 
 def _is_in_memory(path: str) -> bool:

@@ -154,6 +154,7 @@ def _check_packs(table: ChunkTable, packs: list[int]) -> None:
     expected = np.where(is_first, 0, np.roll(end, 1)) if len(pack) else end
     if np.any(offset != expected):
         raise TableError("chunks that overlap or leave a hole in a pack")
-    ends = dict(zip(pack.tolist(), end.tolist(), strict=True))  # the last chunk of each pack wins
+    is_last = np.roll(is_first, -1)
+    ends = dict(zip(pack[is_last].tolist(), end[is_last].tolist(), strict=True))
     if any(ends.get(number) != size for number, size in enumerate(packs)):
         raise TableError("a pack that is longer or shorter than its chunks")

@@ -2,25 +2,41 @@
 
 What JAX converts to NumPy it caches on the array, for as long as that lives. So what is converted here are second
 handles to a shard, or parts that were cut off; a shard that NumPy can view is read from the view.
+
+What JAX's own code takes for each small array is most of what a save of many of them blocks its caller for. So whole
+shards that lie side by side in a piece are copied with one call: it takes them as buffers, without an array of NumPy
+for each, in about a third of the time. Arrays that do not show their memory in this way are copied one by one.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, final
+import itertools
+import math
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ._config import BLOCK_BYTES
 from ._dtypes import is_sub_byte
-from ._layout import Run, Segment, contiguous_runs, flat_boxes
-from ._leaves import Leaf, StreamedArray
+from ._layout import Run, Segment, WritePlan, contiguous_runs, flat_boxes
+from ._leaves import Kinds, Leaves, StreamedArray, Template
 from ._shardings import Box, Device
 from ._store import Buffer
+
+# What one compiled function copies: its compilation takes 0.4 ms for each.
+_ARRAYS_OF_A_COPY_MAX = 1024
+
+# Shards that are copied with one call. With 64 what belongs to them is still in the processor's cache when they are
+# given up; 1,024 take a quarter longer.
+_SHARDS_OF_A_BATCH_MAX = 64
 
 
 @final
@@ -32,8 +48,9 @@ class HostReader:
     A streamed array is read range by range.
     """
 
-    def __init__(self, leaves: Sequence[Leaf]) -> None:
-        self._leaves = leaves
+    def __init__(self, leaves: Leaves, plan: WritePlan) -> None:
+        self._arrays = leaves.arrays
+        self._batches = _batches_of(leaves.kinds, plan)
         self._shard: tuple[int, int] | None = None
         self._data: Any = None
         self._windows: list[Run] = []
@@ -57,12 +74,43 @@ class HostReader:
             at = end
         return np.concatenate(parts)
 
-    def copy_to(self, segment: Segment, out: Buffer) -> None:
-        """Copies the bytes of a segment."""
-        out[:] = self.read(segment)
+    def copy_piece(self, number: int, out: Buffer) -> None:
+        """Copies the segments of a piece, with zeros behind each up to the next.
 
-    def is_view(self, segment: Segment) -> bool:
-        """Whether `read` gives a view."""
+        Args:
+          number: The place of the piece in the plan.
+          out: What takes its bytes.
+        """
+        for batch in self._batches[number]:
+            if not batch.shards or not self._copy_together(batch, out):
+                for segment in batch.segments:
+                    end = segment.at + segment.hi - segment.lo
+                    out[segment.at : end] = self.read(segment)
+                    out[end : segment.at + segment.stored] = 0
+
+    def _copy_together(self, batch: _Batch, out: Buffer) -> bool:
+        """Copies whole shards with one call; says whether all of them showed their memory."""
+        parts: list[Any] = []
+        for leaf, number, shown_as, padding in batch.shards:
+            part: Any = self._arrays[leaf]
+            if number is not None:
+                part = part.addressable_data(number)
+            parts.append(part if shown_as is None else np.asarray(part).view(shown_as))
+            if padding:
+                parts.append(padding)
+        try:
+            # Waits for the values. While it copies, it holds what keeps a step that donates the arrays from writing.
+            data = b"".join(parts)
+        except (TypeError, BufferError):  # deleted, or laid out in an order of its own
+            return False
+        start = batch.segments[0].at
+        out[start : start + len(data)] = np.frombuffer(data, np.uint8)
+        return True
+
+    def is_constant_view(self, segment: Segment) -> bool:
+        """Whether `read` gives a view of what nobody changes: arrays of JAX, but not NumPy's."""
+        if isinstance(self._arrays[segment.leaf], np.ndarray):
+            return False
         data = self._open(segment)
         return isinstance(data, np.ndarray) and bool(data.flags.c_contiguous)
 
@@ -70,7 +118,7 @@ class HostReader:
         """The shard: a NumPy array, a streamed array, or a `jax.Array` that must be converted."""
         shard = (segment.leaf, segment.shard)
         if self._shard != shard:  # consecutive segments mostly belong to one shard
-            self._data = host_view(self._leaves[segment.leaf].data, segment.shard)
+            self._data = host_view(self._arrays[segment.leaf], segment.shard)
             self._shard = shard
             self._window = None
             if not isinstance(self._data, (np.ndarray, StreamedArray)):
@@ -85,6 +133,72 @@ class HostReader:
             self._window = self._windows[number]
             self._array = to_host(cut(self._data, self._window))
         return self._window
+
+
+class _WholeShard(NamedTuple):
+    """A shard of an array that shows its memory to Python; a tuple, for they are unpacked in each save.
+
+    Attributes:
+      leaf: Number of the leaf.
+      number: Of the shard; None for an array on one device.
+      shown_as: Integers of the same size, for elements that Python does not know.
+      padding: Zeros up to what lies behind it.
+    """
+
+    leaf: int
+    number: int | None
+    shown_as: np.dtype[Any] | None
+    padding: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Batch:
+    """Segments that lie side by side in a piece; ``shards`` says the same if all are whole shards that can be seen."""
+
+    segments: tuple[Segment, ...]
+    shards: tuple[_WholeShard, ...]
+
+
+@functools.lru_cache(maxsize=8)
+def _batches_of(kinds: Kinds, plan: WritePlan) -> tuple[tuple[_Batch, ...], ...]:
+    """What is copied together, for each piece of a plan."""
+    is_visible = [_is_visible(template) for template in kinds.templates]
+    pieces: list[tuple[_Batch, ...]] = []
+    for piece in plan.pieces:
+        batches: list[_Batch] = []
+        for visible, group in itertools.groupby(piece.segments, lambda segment: is_visible[segment.leaf]):
+            segments = tuple(group)
+            for first in range(0, len(segments), _SHARDS_OF_A_BATCH_MAX):
+                some = segments[first : first + _SHARDS_OF_A_BATCH_MAX]
+                shards = [_whole_shard(segment, kinds.templates[segment.leaf]) for segment in some if visible]
+                is_whole = None not in shards
+                batches.append(_Batch(some, tuple(filter(None, shards)) if is_whole else ()))
+        pieces.append(tuple(batches))
+    return tuple(pieces)
+
+
+def _is_visible(template: Template) -> bool:
+    """Whether the shards of an array are in the host's memory as they are stored."""
+    sharding = template.sharding
+    if sharding is None or is_sub_byte(template.spec.np_dtype):
+        return False
+    return all(device.platform == "cpu" for device in sharding.addressable_devices)
+
+
+def _whole_shard(segment: Segment, template: Template) -> _WholeShard | None:
+    """A segment as a whole shard, if it is one."""
+    extent, sharding, dtype = template.extent, template.sharding, template.spec.np_dtype
+    assert extent is not None
+    assert sharding is not None
+    nbytes = segment.hi - segment.lo
+    if nbytes != math.prod(extent.shard_shape) * extent.itemsize:
+        return None
+    return _WholeShard(
+        leaf=segment.leaf,
+        number=None if sharding.num_devices == 1 else segment.shard,
+        shown_as=None if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}"),
+        padding=bytes(segment.stored - nbytes),
+    )
 
 
 def host_view(data: Any, shard: int) -> Any:
@@ -136,22 +250,49 @@ def cut(array: Any, run: Run) -> Any:
     if isinstance(array, np.ndarray):
         return array[tuple(map(slice, lo, hi))]
     (device,) = array.devices()
-    # The caller's settings are not ours: code under a mesh (`jax.set_mesh`) refuses arrays of single devices, a guard
-    # refuses the place to cut at, and a check for NaN or infinity would wait for the values and refuse them.
+    with _own_settings(device):
+        if max(array.shape) > np.iinfo(np.int32).max:  # positions on the device are int32
+            return _slice(array, lo, hi)
+        return _dynamic_slice(array, lo, sizes)
+
+
+def copies_on_device(arrays: Sequence[Any], device: Device) -> list[Any]:
+    """Copies of shards of one device, in memory of their own: nothing that becomes of the shards changes them.
+
+    Compiled, since what a function returns is its own, while runtimes may share memory within a device though
+    ``device_put`` asks for a copy. It also takes a fifteenth of the time: 1.5 ms for 1,000 arrays.
+    """
+    copies: list[Any] = []
+    with _own_settings(device):
+        for first in range(0, len(arrays), _ARRAYS_OF_A_COPY_MAX):
+            copies += _copy(list(arrays[first : first + _ARRAYS_OF_A_COPY_MAX]))
+    return copies
+
+
+@contextlib.contextmanager
+def _own_settings(device: Device) -> Generator[None]:
+    """Without the caller's settings, which are not ours.
+
+    Code under a mesh (`jax.set_mesh`) refuses arrays of single devices, a guard refuses the place to cut at, and a
+    check for NaN or infinity would wait for the values and refuse them.
+    """
     with (
         jax.set_mesh(_mesh_of(device)),
         jax.transfer_guard("allow"),
         jax.debug_nans(False),
         jax.debug_infs(False),
     ):
-        if max(array.shape) > np.iinfo(np.int32).max:  # positions on the device are int32
-            return _slice(array, lo, hi)
-        return _dynamic_slice(array, lo, sizes)
+        yield
 
 
 @functools.cache
 def _mesh_of(device: Device) -> Mesh:
     return Mesh(np.array([device], dtype=object), ("_",), axis_types=(AxisType.Auto,))
+
+
+@jax.jit
+def _copy(arrays: list[Any]) -> list[Any]:
+    return [jnp.copy(array) for array in arrays]
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import jaxckpt
 from jaxckpt._dtypes import is_jax_dtype
-from jaxckpt._manifest import parse_manifest
+from jaxckpt._encoding import parse_manifest
 
 from .attacks.generate import ATTACKS, FOLDER, base_fields, digest, frame, pack, write_honest
 from .helpers import run_fork

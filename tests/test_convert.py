@@ -284,7 +284,8 @@ def test_damage_on_the_way_to_storage_is_reported(bundle, path, tmp_path):
 # --- streamed arrays ------------------------------------------------------------------------------------------
 
 
-def test_a_streamed_array_is_read_once_and_forwards(path):
+@pytest.mark.parametrize("options", [{}, {"chunk_bytes_max": 4 << 20, "host_bytes_max": 2 << 20}])
+def test_a_streamed_array_is_read_once_and_forwards(path, options):
     arrays = {
         "rows": np.random.default_rng(0).integers(0, 256, (40, 1 << 19), np.uint8),
         "small": W,
@@ -305,7 +306,7 @@ def test_a_streamed_array_is_read_once_and_forwards(path):
 
         return StreamedArray(array.shape, array.dtype, read)
 
-    jaxckpt.save(path, {name: stream(name) for name in arrays})
+    jaxckpt.save(path, {name: stream(name) for name in arrays}, options=jaxckpt.SaveOptions(**options))
     checkpoint = jaxckpt.open(path)
     for name, array in arrays.items():
         assert_same_leaf(checkpoint[name][...], np.asarray(array), name)

@@ -390,6 +390,14 @@ def test_every_element_is_written_once(written: list[Case], options: dict[str, A
         assert np.all(times == 1)
 
 
+def test_pieces_that_are_written_at_the_same_time_belong_to_several_objects():
+    extent = LeafExtent((1024, MIB), 1, (1024, MIB), (((0, 0), 0),))
+    plan = plan_writes([extent], chunk_bytes_max=64 * MIB, pack_bytes_max=0, piece_bytes=8 * MIB)
+    objects = [plan.pieces[number].object for number in plan.interleaved]
+    for first in range(0, len(objects), 8):
+        assert len(set(objects[first : first + 8])) == 8
+
+
 @st.composite
 def extents(draw: st.DrawFn) -> LeafExtent:
     """Leaves from bytes to GiB; nothing of them is ever allocated."""
@@ -429,6 +437,11 @@ def test_objects_of_any_size_are_tiled_by_aligned_pieces(
         stops = (plan.offset + plan.length)[order]
         assert plan.offset[order].tolist() == [0, *stops[:-1].tolist()]
         assert stops[-1] == length
+    order = plan.interleaved
+    assert sorted(order) == list(range(len(plan.pieces)))
+    for number in range(len(plan.objects)):
+        offsets = [plan.pieces[at].offset for at in order if plan.pieces[at].object == number]
+        assert offsets == sorted(offsets), "an object does not grow from its start"
     # Every byte of every shard is in one segment, and blocks of a chunk are not torn apart.
     seen: dict[tuple[int, int], int] = {}
     for piece in plan.pieces:
@@ -451,7 +464,7 @@ def check_read_plan(manifest: Manifest, plan: ReadPlan) -> None:
         (part.chunk, block)
         for unit in plan.units
         for part in unit.parts
-        for block in range(part.first_block, part.first_block + part.block_count)
+        for block in range(part.run.first_block, part.run.first_block + part.run.block_count)
     ]
     assert len(set(blocks)) == len(blocks), "a block is read twice"
     counts = {

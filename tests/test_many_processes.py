@@ -397,13 +397,16 @@ def test_a_process_reads_what_its_devices_need(path: pathlib.Path, count: int) -
     assert {group for _, _, group in reports} == {sum(read for _, read, _ in reports)}
 
 
-def save_staged(worker: Worker, path: str) -> None:
-    options = jaxckpt.SaveOptions(staging="pinned", host_bytes_max=1 << 23, pack_bytes_max=1 << 16)
+def save_staged(worker: Worker, path: str, staging: Any) -> None:
+    options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=1 << 23, pack_bytes_max=1 << 16)
     jaxckpt.save_async(path, mixed_tree(1), options=options).wait()
 
 
-def test_only_the_owned_part_of_a_replicated_shard_passes_through_staging(path: pathlib.Path) -> None:
-    check(run_processes(save_staged, 4, arguments=(str(path),)))
+@pytest.mark.parametrize("staging", ["pinned", "device"])
+def test_only_the_owned_part_of_a_replicated_shard_passes_through_staging(
+    path: pathlib.Path, staging: str
+) -> None:
+    check(run_processes(save_staged, 4, arguments=(str(path), staging)))
     assert jaxckpt.verify(path).ok
     tree = jaxckpt.restore(path)
     for key, expected in MIXED.items():

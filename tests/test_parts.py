@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import jaxckpt
+from jaxckpt._encoding import encode_manifest, parse_manifest
 from jaxckpt._layout import LeafExtent, Share, plan_writes
-from jaxckpt._manifest import NO_CHUNKS, LeafSpec, Manifest, PartEntry, encode_manifest, parse_manifest
+from jaxckpt._manifest import NO_CHUNKS, LeafSpec, Manifest, PartEntry
 from jaxckpt._ownership import share_writes
 from jaxckpt._parts import ChunkIndex, encode_part
 from jaxckpt._shardings import ShardMap

@@ -26,13 +26,13 @@ import jaxckpt
 from jaxckpt._layout import plan_writes
 from jaxckpt._persist import PieceWriter
 from jaxckpt._progress import ProgressMeter
-from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY, HostMemory
+from jaxckpt._staging import DEVICE_MEMORY, HOST_MEMORY, PINNED_MEMORY, HostMemory
 
 from .helpers import assert_same_tree, run_fork
 from .test_commit import WatchedStore
 
 MIB = 1 << 20
-WAYS = ("pool", "pinned")
+WAYS = ("pool", "pinned", "device")
 Tell = Callable[[str, str], None]
 
 
@@ -48,6 +48,7 @@ def assert_nothing_is_left(path: pathlib.Path) -> None:
     assert threads_of_saves() == []
     assert HOST_MEMORY.bytes_in_use == 0
     assert PINNED_MEMORY.bytes_in_use == 0
+    assert DEVICE_MEMORY.bytes_in_use == 0
     assert not list(path.glob("data-*"))
     assert not (path / "manifest.msgpack").exists()
 

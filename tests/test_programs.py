@@ -40,7 +40,8 @@ from jaxckpt import (
 )
 from jaxckpt._calling import check_entry, open_program
 from jaxckpt._cli import main
-from jaxckpt._manifest import ProgramEntry, StoredObject, encode_manifest
+from jaxckpt._encoding import encode_manifest
+from jaxckpt._manifest import ProgramEntry, StoredObject
 from jaxckpt._programs import decode_program, encode_program
 from jaxckpt._store import LocalStore
 

@@ -1,9 +1,9 @@
 """A snapshot that training cannot disturb (requirements 12 and 13).
 
 Each step adds one to every leaf and donates the state, so that the values of a checkpoint say to which moment they
-belong. Several steps are in flight while saves are taken, through both ways: ``"pool"``, which copies on the host, and
-``"pinned"``, the way of accelerators, which the CPU backend has too. The negative controls show that the obvious ways
-to take a snapshot do fail here.
+belong. Several steps are in flight while saves are taken, through all ways: ``"pool"``, which copies on the host, and
+``"pinned"`` and ``"device"``, the ways of accelerators, which the CPU backend has too. The negative controls show that
+the obvious ways to take a snapshot do fail here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import os
 import pathlib
 import threading
 import weakref
@@ -25,7 +26,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 import jaxckpt
 from jaxckpt._layout import LeafExtent, contiguous_runs, plan_writes
-from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY
+from jaxckpt._staging import DEVICE_MEMORY, HOST_MEMORY, PINNED_MEMORY
+from jaxckpt._store import Kernel, LocalStore, allocate_aligned
 from jaxckpt._viewing import cut
 
 from .helpers import assert_same_tree, make_mesh
@@ -34,7 +36,7 @@ from .test_commit import WatchedStore
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-WAYS = ("pool", "pinned")
+WAYS = ("pool", "pinned", "device")
 # The pinned way has half of the cap for transfers: of 2 MiB, that is less than some leaves have.
 CAPS = (None, 2 * MIB, 3 * MIB)
 DTYPES = ("float32", "bfloat16", "int32", "float8_e4m3fn", "int4", "uint8")
@@ -86,6 +88,7 @@ def values_in(tree: Any) -> set[float]:
 def assert_memory_is_given_back() -> None:
     assert HOST_MEMORY.bytes_in_use == 0
     assert PINNED_MEMORY.bytes_in_use == 0
+    assert DEVICE_MEMORY.bytes_in_use == 0
 
 
 # --- donated --------------------------------------------------------------------------------------------------
@@ -331,7 +334,7 @@ def test_many_overlapping_saves(tmp_path: pathlib.Path, staging: Any, host_bytes
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("ways", [("pinned", "pinned", "pinned"), ("pool", "pinned", "pool")])
+@pytest.mark.parametrize("ways", [("pinned", "pinned", "pinned"), ("pool", "pinned", "device")])
 def test_saves_from_several_threads_share_little_memory(
     tmp_path: pathlib.Path, ways: tuple[Any, ...]
 ) -> None:
@@ -416,11 +419,12 @@ def test_save_async_does_not_wait_for_storage(path: pathlib.Path, staging: Any) 
 
 
 @pytest.mark.parametrize("context", [None, AxisType.Auto, AxisType.Explicit])
-def test_the_pinned_way_does_not_wait_for_the_computation_in_flight(
-    tmp_path: pathlib.Path, context: AxisType | None
+@pytest.mark.parametrize("staging", ["pinned", "device"])
+def test_the_ways_of_accelerators_do_not_wait_for_the_computation_in_flight(
+    tmp_path: pathlib.Path, staging: Any, context: AxisType | None
 ) -> None:
     mesh = mesh_of(context or AxisType.Auto, devices=1)
-    options = jaxckpt.SaveOptions(staging="pinned")
+    options = jaxckpt.SaveOptions(staging=staging)
     with jax.set_mesh(mesh) if context is not None else contextlib.nullcontext():
         matrix = jnp.full((1000, 1000), 1e-3)
         state = jax.block_until_ready(add_one_slowly(make_state(mesh), matrix))
@@ -533,3 +537,24 @@ def test_a_held_view_keeps_the_next_step_from_donating() -> None:
     after = jax.jit(lambda array: array + 1, donate_argnums=0)(leaf)
     assert address_of(after) != before
     assert view[0, 0] == 1
+
+
+class MeddlingKernel(Kernel):
+    """Changes an array right before each write, as another thread of the program could."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        self._array += 1
+        return os.pwrite(descriptor, data, offset)
+
+
+def test_a_numpy_array_that_changes_while_it_is_written_does_not_make_the_checkpoint_unreadable(
+    tmp_path: pathlib.Path,
+) -> None:
+    array = allocate_aligned(8 * MIB)
+    store = LocalStore(str(tmp_path / "a"), MeddlingKernel(array))
+    jaxckpt.save(store, {"array": array})
+    assert array[0] > 0
+    assert jaxckpt.verify(tmp_path / "a").ok

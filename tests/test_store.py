@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 import shutil
+import threading
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,12 @@ import pytest
 import tensorstore as ts
 
 import jaxckpt
-from jaxckpt._store import LocalStore, open_store
+from jaxckpt._store import Kernel, LocalStore, allocate_aligned, open_store
 
 from .helpers import assert_same_tree, run_fork
+from .storage_faults import NotedKernel, Operation
+
+MIB = 1 << 20
 
 ODD_NAMES = ["with a space", "50%", "100%25", "#1?", "日本", "a\nb"]
 
@@ -28,6 +33,90 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 # --- local files ----------------------------------------------------------------------------------------------
+
+
+class AlignmentKernel(Kernel):
+    """Notes what is written past the page cache, and how the memory of each write is aligned."""
+
+    def __init__(self) -> None:
+        self.direct: set[int] = set()
+        self.writes: list[tuple[int, int]] = []
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:  # type: ignore[override]
+        descriptor = os.open(path, flags, mode)
+        self.direct.discard(descriptor)
+        if flags & os.O_DIRECT:
+            self.direct.add(descriptor)
+        return descriptor
+
+    def pwrite(self, descriptor: int, data: Any, offset: int) -> int:  # type: ignore[override]
+        if descriptor in self.direct:
+            self.writes.append((np.frombuffer(data, np.uint8).ctypes.data, len(data)))
+        return os.pwrite(descriptor, data, offset)
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("lead", [0, 64, 4095])
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, MIB, 2 * MIB, 2 * MIB + 1, 5 * MIB + 4097])
+def test_an_object_is_written_in_steps_of_whole_blocks(
+    tmp_path: pathlib.Path, fast_path: pathlib.Path, place: str, lead: int, nbytes: int
+) -> None:
+    kernel = AlignmentKernel()
+    folder = tmp_path if place == "disk" else fast_path
+    data = allocate_aligned(lead + nbytes)[lead:]
+    data[:] = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
+    writer = LocalStore(str(folder), kernel).create("object", nbytes)
+    parts = [bytes(part) for part in writer.write_steps(0, data)]
+    writer.finish()
+    assert b"".join(parts) == bytes(data) == (folder / "object").read_bytes()
+    assert all(len(part) % MIB == 0 for part in parts[:-1])
+    assert all(address % 512 == 0 and length % 512 == 0 for address, length in kernel.writes)
+
+
+def test_what_is_written_is_what_was_seen_even_if_the_memory_changes(tmp_path: pathlib.Path) -> None:
+    """Past the page cache, from memory that is not aligned."""
+    store = LocalStore(str(tmp_path))
+    data = allocate_aligned(4 * MIB + 64)[64:]
+    writer = store.create("object", len(data))
+    seen = b""
+    for part in writer.write_steps(0, data):
+        seen += bytes(part)
+        data[:] = 1
+    writer.finish()
+    is_copied = not store.read("object", len(data)).startswith(b"\1")
+    assert not is_copied or store.read("object", len(data)) == seen
+
+
+class MetadataGate(NotedKernel):
+    """Lets no ``zarr.json`` be made before all of so many bytes of arrays are written."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self._bytes_left = nbytes
+        self._are_written = threading.Event()
+
+    def before(self, operation: Operation) -> None:
+        if (
+            operation.call == "create"
+            and "/arrays/" in operation.path
+            and operation.path.endswith("zarr.json")
+        ):
+            assert self._are_written.wait(60)
+
+    def pwrite(self, descriptor: int, data: Any, offset: int) -> int:  # type: ignore[override]
+        count = super().pwrite(descriptor, data, offset)
+        with self.lock:
+            self._bytes_left -= count
+            if self._bytes_left <= 0:
+                self._are_written.set()
+        return count
+
+
+def test_arrays_do_not_wait_for_metadata(tmp_path: pathlib.Path) -> None:
+    tree = {str(number): jnp.full((MIB,), number, jnp.float32) for number in range(4)}
+    options = jaxckpt.SaveOptions(io_threads=2, pack_bytes_max=0)
+    jaxckpt.save(LocalStore(str(tmp_path / "checkpoint"), MetadataGate(16 * MIB)), tree, options=options)  # type: ignore[arg-type]
+    assert_same_tree(jaxckpt.restore(tmp_path / "checkpoint"), tree)
 
 
 def test_a_relative_path_is_resolved_when_the_save_is_called(

@@ -365,10 +365,10 @@ def _plan_stored(name: bytes, leaf: StoredLeaf | ForeignArray) -> Tensor:
 def _inspected(leaf: Any) -> Any:
     """The array that holds the bytes of a leaf, as `jaxckpt.save` stores it."""
     try:
-        (inspected,) = inspect_leaves([""], [leaf])
+        (array,) = inspect_leaves([""], [leaf]).arrays
     except UnsupportedLeafError as error:
         raise _RefusedError(error.problems[0].message) from error
-    return inspected.data
+    return array
 
 
 def _scalar_array(leaf: complex | np.generic) -> Array:
