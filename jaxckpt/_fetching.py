@@ -2,10 +2,12 @@
 
 `ReadExecutor` reads the units of a plan in a few threads. Three ways, the cheapest that fits: a run of blocks that is
 also a contiguous range of one destination is read in place; a packed chunk that is a whole destination keeps the memory
-that it was read into; everything else goes through a small buffer and is copied box by box.
+that it was read into; everything else goes through a small buffer and is copied box by box. For leaves that are to be
+mapped, the memory of the first two ways shows the object instead of being read into.
 
-Every block is verified before anything else looks at it. All damage is collected, then raised as one `CorruptError`: no
-wrong byte is ever returned. Deliberately not here: devices (`_placement`).
+Every block is verified as soon as it is read, before anything else looks at it. All damage is collected, then raised as
+one `CorruptError`: no wrong byte is ever returned, except of what is mapped, which is not verified. Deliberately not
+here: devices (`_placement`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,6 +37,13 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
 # --- local files ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def memory_path() -> Iterator[pathlib.Path]:
+    """A directory whose files are in memory, where there is such a place."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield pathlib.Path(folder)
+
+
 class AlignmentKernel(Kernel):
     """Notes what is written past the page cache, and how the memory of each write is aligned."""
 
@@ -59,10 +68,10 @@ class AlignmentKernel(Kernel):
 @pytest.mark.parametrize("lead", [0, 64, 4095])
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, MIB, 2 * MIB, 2 * MIB + 1, 5 * MIB + 4097])
 def test_an_object_is_written_in_steps_of_whole_blocks(
-    tmp_path: pathlib.Path, fast_path: pathlib.Path, place: str, lead: int, nbytes: int
+    tmp_path: pathlib.Path, memory_path: pathlib.Path, place: str, lead: int, nbytes: int
 ) -> None:
     kernel = AlignmentKernel()
-    folder = tmp_path if place == "disk" else fast_path
+    folder = tmp_path if place == "disk" else memory_path
     data = allocate_aligned(lead + nbytes)[lead:]
     data[:] = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
     writer = LocalStore(str(folder), kernel).create("object", nbytes)
