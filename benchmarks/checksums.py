@@ -130,12 +130,14 @@ def measure_operation(operation: str, path: str, switch: str, size: dict[str, An
 
     if operation == "save":
         tree = {f"leaf_{number:02d}": make_leaf(number) for number in range(shape.leaf_count)}
+        measure.back_free_memory(shape.nbytes)
         cpu_before_s = time.process_time()
         _, usage = measure.measure(lambda: jaxckpt.save(path, tree))
         cpu_s = time.process_time() - cpu_before_s
     else:
         leaf = jax.ShapeDtypeStruct(tuple(shape.leaf_shape), "float32", sharding=sharding)
         like = {f"leaf_{number:02d}": leaf for number in range(shape.leaf_count)}
+        measure.back_free_memory(2 * shape.nbytes)
         cpu_before_s = time.process_time()
         restored, usage = measure.measure(lambda: jax.block_until_ready(jaxckpt.restore(path, like)))
         cpu_s = time.process_time() - cpu_before_s

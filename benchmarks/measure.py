@@ -6,14 +6,18 @@ that a library does on its own threads or in native code goes uncounted.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -80,6 +84,22 @@ def measure(operation: Callable[[], T]) -> tuple[T, Usage]:
         write_calls=used["syscw"],
     )
     return result, usage
+
+
+def back_free_memory(nbytes: int) -> None:
+    """Takes as much memory as an operation may need, writes to it, and gives it back to the kernel.
+
+    The host of a virtual machine takes away what its kernel has had free for seconds, and then takes ten times as long
+    to give it again as the kernel takes to hand it out. Whoever needs memory next would pay, or not, as chance has it.
+    Processes still get fresh pages, filled with zeros.
+    """
+    length = min(nbytes, available_memory_bytes() // 2)
+    if length == 0:
+        return
+    region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # no huge pages here
+        region.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(region, np.uint8)[:: mmap.PAGESIZE] = 1
 
 
 def _release_free_memory() -> None:

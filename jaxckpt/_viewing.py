@@ -39,6 +39,10 @@ _ARRAYS_OF_A_COPY_MAX = 1024
 _SHARDS_OF_A_BATCH_MAX = 64
 
 
+# Copying together copies twice, which for this many bytes takes longer than to look at a shard by itself.
+_COPIED_TOGETHER_BYTES_MAX = 128 << 10
+
+
 @final
 class HostReader:
     """Byte ranges of shards in host memory, without leaving anything cached on the arrays.
@@ -163,10 +167,14 @@ class _Batch:
 def _batches_of(kinds: Kinds, plan: WritePlan) -> tuple[tuple[_Batch, ...], ...]:
     """What is copied together, for each piece of a plan."""
     is_visible = [_is_visible(template) for template in kinds.templates]
+
+    def is_small_and_visible(segment: Segment) -> bool:
+        return is_visible[segment.leaf] and segment.hi - segment.lo < _COPIED_TOGETHER_BYTES_MAX
+
     pieces: list[tuple[_Batch, ...]] = []
     for piece in plan.pieces:
         batches: list[_Batch] = []
-        for visible, group in itertools.groupby(piece.segments, lambda segment: is_visible[segment.leaf]):
+        for visible, group in itertools.groupby(piece.segments, is_small_and_visible):
             segments = tuple(group)
             for first in range(0, len(segments), _SHARDS_OF_A_BATCH_MAX):
                 some = segments[first : first + _SHARDS_OF_A_BATCH_MAX]
