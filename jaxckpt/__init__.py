@@ -66,6 +66,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _terminal     what a person at a terminal sees
     _reporting    what a restore did
     _progress     what observers are told
+    _garbage      a pause of Python's garbage collector
     _errors       the exception tree
 """
 

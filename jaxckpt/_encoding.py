@@ -26,6 +26,7 @@ import xxhash
 from ._config import BLOCK_BYTES
 from ._dtypes import is_jax_dtype
 from ._errors import FormatError, Problem
+from ._garbage import collection_paused
 from ._keys import check_nodes
 from ._manifest import (
     ABSENT,
@@ -155,6 +156,7 @@ def checksum_of_manifest(data: bytes) -> bytes | None:
     return checksum if xxhash.xxh3_128_digest(payload) == checksum else None
 
 
+@collection_paused()
 def parse_manifest(data: bytes, source: str) -> Manifest:
     """Decodes and validates a manifest.
 

@@ -37,6 +37,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from ._errors import CheckpointError, MismatchError, Problem, UnsupportedLeafError, list_problems
+from ._garbage import collection_paused
 
 # Far below Python's recursion limit, far above any model.
 DEPTH_MAX = 400
@@ -124,6 +125,7 @@ def _remembered_structure(holder: _TreeOfStructure) -> tuple[tuple[str, ...], li
     return _walk(tree)
 
 
+@collection_paused()
 def _walk(tree: Any) -> tuple[tuple[str, ...], list[Any]]:
     keys: list[str] = []
     nodes: list[Any] = []

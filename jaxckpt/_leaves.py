@@ -27,6 +27,7 @@ from jax.sharding import Sharding
 
 from ._dtypes import describe_dtype, is_jax_dtype, stored_form
 from ._errors import Problem, UnsupportedLeafError, list_problems
+from ._garbage import collection_paused
 from ._layout import LeafExtent
 from ._manifest import RANK_MAX, LeafSpec
 from ._shardings import ShardMap, is_own_sharding, local_boxes, map_shards
@@ -150,6 +151,7 @@ _known_kinds: dict[Kinds, _Traits] = {}
 _kinds_lock = threading.Lock()
 
 
+@collection_paused()
 def inspect_leaves(keys: Sequence[str], leaves: Sequence[Any]) -> Leaves:
     """Classifies the leaves of a tree.
 

@@ -18,6 +18,7 @@ from typing import Any, final
 import numpy as np
 
 from ._config import SPLIT_BYTES_MIN
+from ._garbage import collection_paused
 from ._layout import Share, WritePlan, plan_writes, present_chunks
 from ._leaves import Kinds
 from ._manifest import LeafSpec
@@ -125,6 +126,7 @@ class SavePlan:
 
 
 @functools.lru_cache(maxsize=8)
+@collection_paused()
 def plan_save(
     keys: tuple[str, ...],
     kinds: Kinds,

@@ -27,6 +27,7 @@ from ._config import PIECE_BYTES
 from ._deriving import Source
 from ._errors import MismatchError, Problem, list_problems
 from ._fetching import ReadExecutor
+from ._garbage import collection_paused
 from ._gathering import gather, has_shards_of
 from ._keys import PRUNED, flatten, nested_dicts, rebuild
 from ._manifest import LeafSpec, Manifest, StoredObject
@@ -72,6 +73,7 @@ class WantedTree:
         return self.unflatten([restored.get(number, match.like) for number, match in enumerate(self.matches)])
 
 
+@collection_paused()
 def match_tree(
     checkpoint: Described,
     like: Any,
@@ -149,6 +151,7 @@ def _ignored(manifest: Manifest, matches: Sequence[Match]) -> tuple[str, ...]:
     return tuple(key for leaf, key in enumerate(manifest.keys) if leaf not in taken)
 
 
+@collection_paused()
 def choose_targets(
     checkpoint: Described, wanted: WantedTree, mesh: Mesh | None, sharding: Any
 ) -> dict[int, Target]:
@@ -465,6 +468,7 @@ class RestorePlan:
         return sum(plan.nbytes for plan in self.plans)
 
 
+@collection_paused()
 def plan_restore(
     checkpoint: Checkpoint, targets: dict[int, Target], host_bytes_max: int, io_threads: int
 ) -> RestorePlan:
@@ -535,19 +539,7 @@ def restore_targets(
         executor.read(reads, mappable)
         executor.raise_problems(doing)
         wait_for_transfers(moving)
-        filled = iter(reads.destinations)
-        for number in wave:
-            target = plan.targets[number]
-            mine = [next(filled) for _ in plan.boxes[number]]
-            value = manifest.values.get(target.leaf)
-            if target.leaf in own_leaves and _is_for_this_process(target):
-                value = own_leaves[target.leaf]
-                mine = destinations_of_bytes(
-                    target.leaf, plan.boxes[number], manifest.spec(target.leaf), value
-                )
-            results[number] = place_leaf(checkpoint, target, value, mine)
-            for destination in mine:
-                destination.buffer = None  # what placing did not take over may go
+        results |= _place_wave(checkpoint, plan, wave, reads, own_leaves)
         moving = [results[number] for number in wave]
     wait_for_transfers(moving)
     if mapped is not None:
@@ -556,6 +548,31 @@ def restore_targets(
     for number, target in plan.derived.items():
         results[number] = _restore_derived(checkpoint, target, own_leaves)
         wait_for_transfers([results[number]])
+    return results
+
+
+@collection_paused()
+def _place_wave(
+    checkpoint: Checkpoint,
+    plan: RestorePlan,
+    wave: Sequence[int],
+    reads: ReadPlan,
+    own_leaves: Mapping[int, Any],
+) -> dict[int, Any]:
+    """The leaves of a wave that has been read, on their way to their devices."""
+    manifest = checkpoint.manifest
+    results: dict[int, Any] = {}
+    filled = iter(reads.destinations)
+    for number in wave:
+        target = plan.targets[number]
+        mine = [next(filled) for _ in plan.boxes[number]]
+        value = manifest.values.get(target.leaf)
+        if target.leaf in own_leaves and _is_for_this_process(target):
+            value = own_leaves[target.leaf]
+            mine = destinations_of_bytes(target.leaf, plan.boxes[number], manifest.spec(target.leaf), value)
+        results[number] = place_leaf(checkpoint, target, value, mine)
+        for destination in mine:
+            destination.buffer = None  # what placing did not take over may go
     return results
 
 

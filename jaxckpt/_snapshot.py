@@ -42,6 +42,7 @@ from __future__ import annotations
 import functools
 from typing import Literal, final
 
+from ._garbage import collection_paused
 from ._layout import WritePlan
 from ._leaves import NO_LEAVES, Leaves, StreamedArray
 from ._pinned import PinnedSnapshot, pinned_sharding
@@ -117,6 +118,7 @@ def _nothing() -> None:
     """Memory that belongs to the caller is not given back."""
 
 
+@collection_paused()
 def take_snapshot(
     kind: str, leaves: Leaves, plan: WritePlan, bytes_max: int, piece_bytes: int
 ) -> PoolSnapshot | PinnedSnapshot | DirectSnapshot:

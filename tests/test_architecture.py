@@ -24,6 +24,7 @@ LEVELS = (
         "_config",
         "_dtypes",
         "_errors",
+        "_garbage",
         "_intermediates",
         "_preemption",
         "_progress",

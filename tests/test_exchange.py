@@ -16,7 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxckpt
@@ -499,14 +499,15 @@ def bytes_to_read(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int,
 
 @settings(max_examples=60, deadline=None)
 @given(case=chunked_shapes(), device_count=st.sampled_from([2, 3, 4, 6, 8, 16]))
+@example(case=((16, 1000, 1000), (16, 1000, 1000), 2), device_count=3)
 def test_slabs_cover_an_array_once_and_need_hardly_a_block_twice(
     case: tuple[tuple[int, ...], tuple[int, ...], int], device_count: int
 ) -> None:
     shape, chunk, itemsize = case
     nbytes = math.prod(shape) * itemsize
     cut = cut_leaf(shape, chunk, itemsize, device_count, (device_count,))
-    if cut is None:
-        assert nbytes <= 16 * BLOCK_BYTES
+    if cut is None:  # small, or the blocks that lie across cuts are too large a share of it
+        assert nbytes <= 16 * BLOCK_BYTES or nbytes * 0.05 < (device_count - 1) * BLOCK_BYTES
         return
     assert math.prod(cut.parts) == device_count
     boxes = slabs_of(shape, cut)
