@@ -83,7 +83,8 @@ class RestoreOptions:
       device_bytes_max: Most bytes that moving a leaf between processes (``exchange=``) may take on a device beyond
         the leaf itself; a leaf that needs more is read by each process. None: a quarter of what is free on the
         fullest device, and on CPU a device's share of ``host_bytes_max``. The least of all processes holds.
-      io_threads: Threads that read and verify. Default 8, which reads a cold disk faster than 4.
+      io_threads: Threads that read and verify. Default 8, which reads a cold disk faster than 4; what the kernel has in
+        memory is read by no more than there are processors.
       timeout_s: As for `SaveOptions`.
     """
 

@@ -30,7 +30,7 @@ from ._parts import box_of_chunk
 from ._progress import ProgressMeter
 from ._resharding import SHARED_ALLOCATION_BYTES, Destination, Part, ReadPlan, Unit, minus
 from ._shardings import Box
-from ._store import Buffer, Store, allocate_aligned
+from ._store import Buffer, Store, allocate_aligned, processor_count
 from ._tables import PIECE_ALIGNMENT
 
 # The unsigned type of each element size, to move elements without looking at them.
@@ -38,6 +38,8 @@ _MOVABLE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.comple
 
 _ALIGNMENT = 64
 
+# Of so many units it is asked whether they are in memory, as a sample of all.
+_UNITS_ASKED_ABOUT = 4
 # Less than this is read in the time that mapping it takes.
 _MAPPED_BYTES_MIN = 256 << 10
 # A process may have 65,530 mappings on Linux, and has other uses for them.
@@ -138,13 +140,28 @@ class ReadExecutor:
             raise CorruptError(list_problems(headline, problems, advice), problems)
 
     def _run(self, units: Sequence[Unit], work: Any) -> None:
-        if len(units) <= 1 or self._threads == 1:
+        threads = self._useful_threads(units)
+        if len(units) <= 1 or threads == 1:
             for unit in units:
                 work(unit)
             return
-        with concurrent.futures.ThreadPoolExecutor(self._threads, "jaxckpt-read") as executor:
+        with concurrent.futures.ThreadPoolExecutor(threads, "jaxckpt-read") as executor:
             for _ in executor.map(work, units):
                 pass
+
+    def _useful_threads(self, units: Sequence[Unit]) -> int:
+        """As many as are allowed; of what is in memory, as many as there are processors: more are a third slower."""
+        processors = processor_count()
+        if self._threads <= processors:
+            return self._threads
+        samples = units[:: max(len(units) // _UNITS_ASKED_ABOUT, 1)]
+        try:
+            is_in_memory = all(
+                self._store.is_in_memory(each.object, each.offset, each.length) for each in samples
+            )
+        except OSError:
+            return self._threads  # reading finds out the same, and reports it
+        return processors if is_in_memory else self._threads
 
     def _allocate(self, plan: ReadPlan) -> None:
         """Takes memory for the destinations that are not packed chunks read in one go."""

@@ -198,6 +198,11 @@ class Store(abc.ABC):
         """
         yield self.read_into(name, offset, buffer)
 
+    def is_in_memory(self, name: str, offset: int, length: int) -> bool:
+        """Whether most of a range of an object is known to be in memory, where nothing but processors limits reading."""
+        del name, offset, length
+        return False
+
     def map_into(self, name: str, offset: int, buffer: Buffer) -> bool:
         """Lets a buffer of `allocate_aligned` show a range of an object instead of a copy; False where it cannot.
 
@@ -388,12 +393,20 @@ class LocalStore(Store):
             if (
                 len(buffer) >= _DIRECT_BYTES_MIN
                 and self._is_direct
-                and not _is_cached(descriptor, offset, len(buffer))
+                # Where the kernel cannot say, the cache is assumed to be the better way.
+                and _is_cached(descriptor, offset, len(buffer)) is False
             ):
                 for done in _read_direct(path, descriptor, offset, buffer):
                     yield done
             for count in _read_steps(descriptor, offset + done, buffer[done:]):
                 yield done + count
+        finally:
+            os.close(descriptor)
+
+    def is_in_memory(self, name: str, offset: int, length: int) -> bool:
+        descriptor = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return bool(_is_cached(descriptor, offset, length))
         finally:
             os.close(descriptor)
 
@@ -661,6 +674,13 @@ def allocate_aligned(nbytes: int, offset: int = 0) -> Buffer:
     return np.frombuffer(region, np.uint8)[lead : lead + nbytes]
 
 
+def processor_count() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _lock(descriptor: int, kind: int) -> bool:
     """Locks a file or directory at once or not at all; False where the file system has no locks."""
     try:
@@ -739,10 +759,10 @@ def _read_direct(path: str, descriptor: int, offset: int, buffer: Buffer) -> Ite
         os.close(direct)
 
 
-def _is_cached(descriptor: int, offset: int, length: int) -> bool:
+def _is_cached(descriptor: int, offset: int, length: int) -> bool | None:
     """Whether most of a range of a file is in the page cache, from which reading is several times faster.
 
-    Where the kernel cannot say (Linux before 6.5) the cache is assumed to be the better way.
+    None where the kernel cannot say (Linux before 6.5).
     """
     asked = np.array([offset, length], np.uint64)
     answer = np.zeros(5, np.uint64)  # pages cached, dirty, under writeback, evicted, recently evicted
@@ -753,7 +773,7 @@ def _is_cached(descriptor: int, offset: int, length: int) -> bool:
         ctypes.c_void_p(answer.ctypes.data),
         ctypes.c_uint(0),
     )
-    return status != 0 or int(answer[0]) * mmap.PAGESIZE * 2 > length
+    return None if status != 0 else int(answer[0]) * mmap.PAGESIZE * 2 > length
 
 
 @functools.cache

@@ -7,9 +7,11 @@ have read with a count of checksum blocks over NumPy masks. Values are compared 
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P, Sharding, SingleDevi
 
 import jaxckpt
 from jaxckpt._config import BLOCK_BYTES, MIB
+from jaxckpt._fetching import ReadExecutor
+from jaxckpt._resharding import plan_reads
+from jaxckpt._store import Buffer, LocalStore, Store, processor_count
 
 from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork
 
@@ -403,3 +408,74 @@ def test_damage_of_a_leaf_that_is_not_selected_does_not_matter(path: pathlib.Pat
         with pytest.raises(jaxckpt.CorruptError) as caught:
             attempt()
         assert [problem.key for problem in caught.value.problems] == ["b"]
+
+
+# --- how many threads read ------------------------------------------------------------------------------------
+
+
+class StoreOfKnownPlace:
+    """A local store whose objects are in memory, or are not; it knows which threads have read."""
+
+    def __init__(self, store: Store, *, is_in_memory: bool, together: int) -> None:
+        self._store = store
+        self._is_in_memory = is_in_memory
+        self._together = threading.Barrier(together)
+        self.threads: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def is_in_memory(self, name: str, offset: int, length: int) -> bool:
+        del name, offset, length
+        return self._is_in_memory
+
+    def read_steps(self, name: str, offset: int, buffer: Buffer) -> Iterator[int]:
+        if threading.get_ident() not in self.threads:
+            self.threads.add(threading.get_ident())
+            self._together.wait(60)
+        yield from self._store.read_steps(name, offset, buffer)
+
+
+@pytest.mark.parametrize("is_in_memory", [True, False])
+def test_more_threads_than_processors_read_only_what_is_not_in_memory(path: pathlib.Path, is_in_memory: bool):
+    processors = processor_count()
+    allowed = processors + 3
+    value = make_matrix(2 * allowed * 256, 1024)
+    checkpoint = open_saved(path, value)
+    expected = processors if is_in_memory else allowed
+    store = StoreOfKnownPlace(checkpoint.store, is_in_memory=is_in_memory, together=expected)
+    plan = plan_reads(checkpoint.index, [(0, [((0, 0), value.shape)])], MIB)
+    executor = ReadExecutor(cast("Store", store), checkpoint.manifest, threads=allowed)
+    executor.read(plan)
+    executor.raise_problems("read")
+    assert len(store.threads) == expected
+    (destination,) = plan.destinations
+    assert destination.buffer is not None
+    assert np.array_equal(destination.buffer.view(value.dtype).reshape(value.shape), value)
+
+
+def open_saved(path: pathlib.Path, value: np.ndarray) -> jaxckpt.Checkpoint:
+    jaxckpt.save(path, {"w": value}, options=UNPACKED)
+    return jaxckpt.open(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the cache cannot be emptied here")
+def test_what_was_read_is_in_memory_and_what_was_forgotten_is_not(tmp_path: pathlib.Path):
+    store = LocalStore(str(tmp_path))
+    store.put("object", bytes(4 * MIB))
+    descriptor = os.open(tmp_path / "object", os.O_RDONLY)
+    try:
+        assert os.pread(descriptor, 4 * MIB, 0) == bytes(4 * MIB)
+        if not store.is_in_memory("object", 0, 4 * MIB):
+            pytest.skip("this kernel does not say what it caches")
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    if not is_file_system_of_memory(tmp_path):
+        assert not store.is_in_memory("object", 0, 4 * MIB)
+
+
+def is_file_system_of_memory(path: pathlib.Path) -> bool:
+    number = f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
+    mounts = pathlib.Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split()[2] == number and " - tmpfs " in line for line in mounts)
