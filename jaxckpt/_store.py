@@ -199,7 +199,7 @@ class Store(abc.ABC):
         yield self.read_into(name, offset, buffer)
 
     def is_in_memory(self, name: str, offset: int, length: int) -> bool:
-        """Whether most of a range of an object is known to be in memory, where nothing but processors limits reading."""
+        """Whether most of a range of an object is known to be in memory, where only processors limit reading."""
         del name, offset, length
         return False
 
