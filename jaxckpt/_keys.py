@@ -43,6 +43,8 @@ from ._garbage import collection_paused
 DEPTH_MAX = 400
 
 _INTEGER = re.compile(r"-?[0-9]+")
+# One among names with NUL between them.
+_ANY_INTEGER = re.compile(r"(?:\A|\0)-?[0-9]+(?=\0|\Z)")
 
 _PLAIN_LEAF_TYPES = frozenset([int, float, complex, bool, str, bytes, np.ndarray])
 
@@ -391,11 +393,21 @@ def _components_of(node: Any, count_max: int) -> list[str]:
     distinct = set(names) if types <= {str, int} else {_decode_checked_key(key) for key in names}
     if len(distinct) != len(names):
         raise ValueError("a key twice")
-    if types == {str} and all(
-        map(str.isidentifier, names)
-    ):  # the common case, without a look at each of them
-        return names
+    if types == {str}:
+        components = _escape_together(names)
+        if components is not None:
+            return components
     return [_component_of(key) for key in names]
+
+
+def _escape_together(names: list[str]) -> list[str] | None:
+    """What `escape_component` gives for each, in a tenth of the time; None where some need a look of their own."""
+    if all(map(str.isidentifier, names)):
+        return names
+    joined = "\0".join(names)
+    if joined.count("\0") != len(names) - 1 or "" in names or _ANY_INTEGER.search(joined):
+        return None
+    return _escape(joined).split("\0")
 
 
 def _decode_checked_key(key: Any) -> Any:

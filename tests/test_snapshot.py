@@ -9,6 +9,7 @@ the obvious ways to take a snapshot do fail here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import itertools
@@ -31,6 +32,7 @@ from jaxckpt._store import Kernel, LocalStore, allocate_aligned
 from jaxckpt._viewing import cut
 
 from .helpers import assert_same_tree, make_mesh
+from .storage_faults import RefusingKernel
 from .test_commit import WatchedStore
 
 pytestmark = pytest.mark.slow
@@ -359,6 +361,40 @@ def test_saves_from_several_threads_share_little_memory(
     for number in range(len(ways)):
         for k in range(3):
             assert_same_tree(jaxckpt.restore(tmp_path / f"{number}-{k}"), tree)
+    assert_memory_is_given_back()
+
+
+def large_tree() -> dict[str, jax.Array]:
+    """Enough to copy for two threads, where there are two processors."""
+    return {f"w{number}": jnp.full((1024, 1024), number, jnp.float32) for number in range(12)}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("host_bytes_max", [None, 16 * MIB, 2 * MIB])
+def test_large_leaves_are_whole_whoever_copies_them(path: pathlib.Path, host_bytes_max: int | None) -> None:
+    add = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    tree = large_tree()
+    options = jaxckpt.SaveOptions(staging="pool", host_bytes_max=host_bytes_max)
+    saves = []
+    for number in range(3):
+        saves.append(jaxckpt.save_async(path / str(number), tree, options=options))
+        tree = add(add(tree))
+    for number, save in enumerate(saves):
+        save.wait(60)
+        restored = jaxckpt.restore(path / str(number))
+        assert {key: values_in(leaf) for key, leaf in restored.items()} == {
+            f"w{leaf}": {leaf + 2.0 * number} for leaf in range(12)
+        }
+    assert_memory_is_given_back()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_a_failure_while_large_leaves_are_copied_ends_all_who_copy(path: pathlib.Path, at: int) -> None:
+    store = LocalStore(str(path), RefusingKernel(errno.ENOSPC, ("pwrite",), at=at, is_lasting=True))
+    with pytest.raises(jaxckpt.WriteError):
+        jaxckpt.save_async(store, large_tree(), options=jaxckpt.SaveOptions(staging="pool")).wait(60)
+    assert not [thread for thread in threading.enumerate() if thread.name == "jaxckpt-copy"]
     assert_memory_is_given_back()
 
 

@@ -30,6 +30,7 @@ from jax.tree_util import DictKey, GetAttrKey
 
 import jaxckpt
 from jaxckpt import CheckpointError, SaveOptions, UnsupportedLeafError
+from jaxckpt._keys import check_nodes, escape_component, flatten
 
 from .helpers import assert_same_tree, run_fork
 
@@ -295,7 +296,6 @@ def test_any_nest_of_dicts_lists_and_tuples_comes_back(tree):
 @given(st.lists(st.lists(tuple_keys, min_size=1, max_size=3), min_size=2, max_size=6))
 def test_different_paths_have_different_keys(paths):
     """The key of a path does not depend on the rest of the tree, so chains of one-key dicts show all of them."""
-    from jaxckpt._keys import flatten
 
     seen: dict[str, str] = {}
     for steps in paths:
@@ -310,7 +310,6 @@ def test_different_paths_have_different_keys(paths):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.dictionaries(texts, st.dictionaries(texts, st.integers(0, 9), max_size=3), max_size=4))
 def test_keys_name_directories_one_to_one(tree):
-    from jaxckpt._keys import flatten
     from jaxckpt._zarr import leaf_directory
 
     keys = flatten(tree).keys
@@ -695,3 +694,12 @@ def test_names_that_python_does_not_allow(path):
     jaxckpt.save(path, kind((1, 2)))
     restored = jaxckpt.restore(path)
     assert (restored.a, restored.b) == (1, 2)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(names=st.lists(st.text("ab_01-~/\0\n", max_size=4), max_size=6, unique=True))
+def test_names_that_are_escaped_together_are_as_each_by_itself(names: list[str]) -> None:
+    """A manifest with other keys than those of its structure would be refused, and these come from two functions."""
+    keys = flatten(dict.fromkeys(names, 0)).keys
+    assert check_nodes([["dict", sorted(names)], *[0] * len(names)], keys) is None
+    assert keys == tuple(escape_component(name) for name in sorted(names))
