@@ -72,7 +72,8 @@ class Run:
     Attributes:
       first_block, block_count: Which ones.
       start, length: Where they lie in the chunk, in bytes as stored.
-      in_place: Byte of the one box at which they start, if they are a contiguous range of that.
+      in_place: Byte of a box at which they start, if they are a contiguous range of that, and of no other.
+      region: Which region of the chunk that box has.
     """
 
     first_block: int
@@ -80,6 +81,7 @@ class Run:
     start: int
     length: int
     in_place: int | None
+    region: int = 0
 
 
 # Not frozen, and most of it shared: half a million are no rarity, and the garbage collector goes through all of them.
@@ -93,7 +95,7 @@ class Part:
       run: Which blocks.
       cut: What is wanted of the chunk.
       destinations: Those of the leaf; the cut says which of them want something.
-      first: The first of those that do.
+      first: The first of those that do, or the one that the blocks are a range of.
       at: Byte of the unit at which the blocks start.
     """
 
@@ -212,9 +214,10 @@ class _ReadPlanner:
         form = place.length, place.pack is None
         runs = cut.runs.get(form)
         if runs is None:
-            runs = cut.runs[form] = list(self._runs(spec, cut, place, first))
+            runs = cut.runs[form] = list(self._runs(spec, cut, place, destinations))
         if place.pack is None:
             for run in runs:
+                first = destinations[cut.regions[run.region][0]]
                 part = Part(leaf, chunk, place, run, cut, destinations, first, 0)
                 in_place = None if run.in_place is None else (first, run.in_place)
                 self._units.append(Unit(place.object, run.start, run.length, (part,), in_place))
@@ -226,8 +229,18 @@ class _ReadPlanner:
             # From the start of the pack, until it is known which ones are read together.
             parts.append(Part(leaf, chunk, place, run, cut, destinations, first, offset + run.start))
 
-    def _runs(self, spec: LeafSpec, cut: Cut, place: ChunkPlace, first: Destination) -> Iterable[Run]:
+    def _runs(
+        self, spec: LeafSpec, cut: Cut, place: ChunkPlace, destinations: list[Destination]
+    ) -> Iterable[Run]:
         """Runs of needed blocks, none longer than a unit."""
+        first = destinations[cut.regions[0][0]]
+        if place.pack is None and not first.fortran_axes and cut.regions[0][1] != cut.box:
+            boxes = [destinations[number].box for number, _ in cut.regions]
+            slabs = _slabs(spec, cut, boxes, place.length)
+            if slabs is not None:
+                for slab in slabs:
+                    yield from _split_run(slab, self._unit_blocks)
+                return
         can_be_in_place = len(cut.regions) == 1 and not first.fortran_axes
         # A destination that is one chunk keeps the memory it is read into, with its neighbours in the pack; nor is
         # there room for the padding behind a chunk.
@@ -328,6 +341,51 @@ def _block_runs(spec: LeafSpec, cut: Cut, length: int, unit_blocks: int) -> Iter
             first = block
         previous = block
     yield first, previous - first + 1
+
+
+def _slabs(spec: LeafSpec, cut: Cut, boxes: Sequence[Box], length: int) -> list[Run] | None:
+    """A run for each box that overlaps a chunk, if each needs whole blocks of it that no other needs, in one range.
+
+    So do rows of an array that was saved whole. None where any box needs something else.
+    """
+    slabs: list[Run] = []
+    for region, ((_, shared), box) in enumerate(zip(cut.regions, boxes, strict=True)):
+        in_chunk = _range_of(shared, cut.box)
+        in_box = _range_of(shared, box)
+        if in_chunk is None or in_box is None:
+            return None
+        start, end = (element * spec.stored_itemsize for element in in_chunk)
+        if start % BLOCK_BYTES or (end % BLOCK_BYTES and end != length):
+            return None
+        block, count = start // BLOCK_BYTES, -(-(end - start) // BLOCK_BYTES)
+        slabs.append(Run(block, count, start, end - start, in_box[0] * spec.stored_itemsize, region))
+    slabs.sort(key=operator.attrgetter("start"))
+    are_apart = all(one.start + one.length <= other.start for one, other in itertools.pairwise(slabs))
+    return slabs if are_apart else None
+
+
+def _range_of(inner: Box, outer: Box) -> tuple[int, int] | None:
+    """Elements ``[first, last)`` of a box that another one within it has, if they follow one another in C order."""
+    sizes = minus(outer[1], outer[0])
+    inner_sizes = minus(inner[1], inner[0])
+    is_partial = False
+    first = 0
+    for place, size, inner_size in zip(minus(inner[0], outer[0]), sizes, inner_sizes, strict=True):
+        if is_partial and inner_size != size:
+            return None
+        is_partial = is_partial or inner_size > 1
+        first = first * size + place
+    return first, first + math.prod(inner_sizes)
+
+
+def _split_run(run: Run, unit_blocks: int) -> Iterable[Run]:
+    """The same blocks in runs that are no longer than a unit."""
+    assert run.in_place is not None
+    for block in range(0, run.block_count, unit_blocks):
+        at = block * BLOCK_BYTES
+        count = min(unit_blocks, run.block_count - block)
+        length = min(count * BLOCK_BYTES, run.length - at)
+        yield Run(run.first_block + block, count, run.start + at, length, run.in_place + at, run.region)
 
 
 def minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

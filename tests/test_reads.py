@@ -410,6 +410,31 @@ def test_damage_of_a_leaf_that_is_not_selected_does_not_matter(path: pathlib.Pat
         assert [problem.key for problem in caught.value.problems] == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "are_in_place"),
+    [
+        ([(0, 1024), (1024, 2048), (2048, 4096)], True),
+        ([(2048, 4096), (0, 1024)], True),
+        ([(1024, 2048)], True),
+        ([(0, 1000), (1000, 4096)], False),  # they share a block
+        ([(0, 2048), (1024, 4096)], False),  # and some rows
+    ],
+)
+def test_rows_of_an_array_that_was_saved_whole_are_read_to_where_they_stay(
+    path: pathlib.Path, rows: list[tuple[int, int]], are_in_place: bool
+):
+    value = make_matrix(4096, 1024)
+    jaxckpt.save(path, {"w": value})
+    checkpoint = jaxckpt.open(path)
+    boxes = [((first, 0), (last, 1024)) for first, last in rows]
+    plan = plan_reads(checkpoint.index, [(0, boxes)], 2 * MIB)
+    assert all((unit.in_place is not None) == are_in_place for unit in plan.units)
+    assert all(unit.length <= 2 * MIB for unit in plan.units)
+    for (first, last), part in zip(rows, checkpoint.read_boxes(0, boxes), strict=True):
+        assert part.buffer is not None
+        assert np.array_equal(part.buffer.view(value.dtype).reshape(-1, 1024), value[first:last])
+
+
 # --- how many threads read ------------------------------------------------------------------------------------
 
 
