@@ -119,11 +119,11 @@ class PoolSnapshot(Snapshot):
 
     def _is_worth_two_threads(self, leaves: Leaves) -> bool:
         """Whether most of the work is copying bytes, which needs no lock of Python's."""
-        if processor_count() == 1 or any(isinstance(array, StreamedArray) for array in leaves.arrays):
-            return False
         nbytes = sum(piece.length for piece in self._plan.pieces)
         segments = sum(len(piece.segments) for piece in self._plan.pieces)
-        return nbytes >= _SHARED_BYTES_MIN and nbytes >= segments * _SHARED_SEGMENT_BYTES_MIN
+        if nbytes < max(_SHARED_BYTES_MIN, segments * _SHARED_SEGMENT_BYTES_MIN) or processor_count() == 1:
+            return False
+        return not any(isinstance(array, StreamedArray) for array in leaves.arrays)
 
     def _copy_pieces(self, leaves: Leaves, numbers: Iterator[int], submit: Submit) -> None:
         reader = HostReader(leaves, self._plan)
