@@ -106,11 +106,16 @@ class PoolSnapshot(Snapshot):
                 collections.deque(numbers, maxlen=0)  # nothing more is wanted
 
         helper = threading.Thread(target=help_to_copy, name="jaxckpt-copy")
-        helper.start()
+        try:
+            helper.start()
+        except RuntimeError:  # the system has no thread left; one can do it alone
+            self._copy_pieces(leaves, numbers, submit)
+            return
         try:
             self._copy_pieces(leaves, numbers, submit)
         except BaseException:
             collections.deque(numbers, maxlen=0)
+            self.give_up()  # the helper must not wait for room
             raise
         finally:
             helper.join()
