@@ -27,6 +27,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 import jaxckpt
 from jaxckpt._layout import LeafExtent, contiguous_runs, plan_writes
+from jaxckpt._leaves import inspect_leaves
+from jaxckpt._planning import plan_save
+from jaxckpt._snapshot import take_snapshot
 from jaxckpt._staging import DEVICE_MEMORY, HOST_MEMORY, PINNED_MEMORY
 from jaxckpt._store import Kernel, LocalStore, allocate_aligned
 from jaxckpt._viewing import cut
@@ -395,6 +398,34 @@ def test_a_failure_while_large_leaves_are_copied_ends_all_who_copy(path: pathlib
     with pytest.raises(jaxckpt.WriteError):
         jaxckpt.save_async(store, large_tree(), options=jaxckpt.SaveOptions(staging="pool")).wait(60)
     assert not [thread for thread in threading.enumerate() if thread.name == "jaxckpt-copy"]
+    assert_memory_is_given_back()
+
+
+def test_one_thread_copies_everything_where_no_second_one_can_start() -> None:
+    tree = large_tree()
+    leaves = inspect_leaves(tuple(tree), list(tree.values()))
+    plan = plan_save(
+        tuple(tree),
+        leaves.kinds,
+        chunk_bytes_max=64 * MIB,
+        pack_bytes_max=MIB,
+        piece_bytes=8 * MIB,
+        group=None,
+    )
+    snapshot = take_snapshot("pool", leaves, plan.writes, 64 * MIB, 8 * MIB)
+    copied: list[int] = []
+
+    def submit(piece: Any, data: Any, give_back: Any) -> None:
+        copied.append(len(data))
+        assert len(data) == piece.length
+        give_back()
+
+    before = threading.stack_size(1 << 46)  # more than there are addresses
+    try:
+        snapshot.stage(submit)
+    finally:
+        threading.stack_size(before)
+    assert sum(copied) == 12 * 4 * MIB
     assert_memory_is_given_back()
 
 
