@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxckpt._store import LocalStore, allocate_aligned
+from jaxckpt._storage import allocate_aligned
+from jaxckpt._store import LocalStore
 
 from .measure import evict, warm
 

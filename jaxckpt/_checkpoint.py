@@ -45,7 +45,8 @@ from ._restoring import (
     restore_targets,
 )
 from ._saving import CheckpointInfo, SaveContext, SaveJob
-from ._store import Store, open_store
+from ._storage import Store
+from ._store import open_store
 
 _log = logging.getLogger("jaxckpt")
 

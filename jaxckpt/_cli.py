@@ -49,7 +49,7 @@ from ._progress import Progress, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._retention import Best, Verdict
 from ._saving import library_versions
-from ._store import local_path
+from ._storage import local_path
 from ._terminal import ProgressBar
 
 OK = 0

@@ -49,7 +49,7 @@ from ._leaves import Template
 from ._manifest import PartEntry, StoredObject
 from ._processes import Group, Session
 from ._shardings import describe_sharding, format_sharding
-from ._store import Store
+from ._storage import Store
 from ._zarr import METADATA_NAME, group_metadata
 
 # How long a process waits, after a failure, for its own threads to stop writing, and process 0 for those of the others:

@@ -41,7 +41,7 @@ import xxhash
 from ._encoding import MANIFEST_BYTES_MAX, encode_manifest, parse_manifest
 from ._errors import CheckpointError, ExistsError
 from ._manifest import MANIFEST_NAME, Manifest, StoredObject
-from ._store import Hold, Store, cut_off_name
+from ._storage import Hold, Store, cut_off_name
 from ._zarr import METADATA_NAME, group_metadata
 
 # In the directory of a step: the retention of its manager keeps it.

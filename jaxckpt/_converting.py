@@ -48,7 +48,7 @@ from ._progress import Progress, ProgressMeter, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._restoring import match_tree
 from ._saving import SaveContext, SaveJob
-from ._store import Buffer
+from ._storage import Buffer
 
 Path = str | os.PathLike[str]
 OnProgress = Callable[[Progress], None]

@@ -30,7 +30,7 @@ from ._parts import box_of_chunk
 from ._progress import ProgressMeter
 from ._resharding import SHARED_ALLOCATION_BYTES, Destination, Part, ReadPlan, Unit, minus
 from ._shardings import Box
-from ._store import Buffer, Store, allocate_aligned, processor_count
+from ._storage import Buffer, Store, allocate_aligned, processor_count
 from ._tables import PIECE_ALIGNMENT
 
 # The unsigned type of each element size, to move elements without looking at them.

@@ -55,7 +55,7 @@ from ._restoring import (
     wait_for_transfers,
 )
 from ._shardings import Box
-from ._store import Buffer
+from ._storage import Buffer
 
 # Names with more parts than this keep the rest in one: a file must not decide how deep a tree gets.
 _PARTS_MAX = 64

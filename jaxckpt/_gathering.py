@@ -32,7 +32,7 @@ from ._layout import intersect
 from ._manifest import Manifest
 from ._placement import Target, assemble, cast, finish
 from ._shardings import Box, box_of, shard_boxes
-from ._store import allocate_aligned
+from ._storage import allocate_aligned
 
 # As much as four threads read at a time.
 _SLAB_BYTES = 4 * PIECE_BYTES

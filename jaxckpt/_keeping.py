@@ -34,7 +34,7 @@ from typing import Any, Protocol, final
 from ._errors import CheckpointError, NotFoundError
 from ._retention import Retention, Verdict, judge_steps
 from ._steps import StepDirectory, StepRecord
-from ._store import Store
+from ._storage import Store
 
 _log = logging.getLogger("jaxckpt")
 

@@ -31,7 +31,7 @@ from ._garbage import collection_paused
 from ._layout import LeafExtent
 from ._manifest import RANK_MAX, LeafSpec
 from ._shardings import ShardMap, is_own_sharding, local_boxes, map_shards
-from ._store import Buffer
+from ._storage import Buffer
 from ._values import encode_value
 
 # Longer strings go to chunks, so that the manifest stays small.

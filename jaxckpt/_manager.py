@@ -60,7 +60,8 @@ from ._retention import Best, Retention, Verdict, best_step
 from ._saving import CheckpointInfo, SaveContext, SaveJob, write_error
 from ._schedule import Schedule
 from ._steps import StepDirectory
-from ._store import Store, open_store
+from ._storage import Store
+from ._store import open_store
 from ._terminal import ProgressBar
 
 _log = logging.getLogger("jaxckpt")

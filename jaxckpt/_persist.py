@@ -29,7 +29,7 @@ import xxhash
 from ._config import BLOCK_BYTES
 from ._layout import Piece, Segment, WritePlan
 from ._progress import ProgressMeter
-from ._store import Buffer, ObjectWriter, Store
+from ._storage import Buffer, ObjectWriter, Store
 from ._tables import CHECKSUM_BYTES
 
 

@@ -30,7 +30,7 @@ from ._layout import Run, Segment, WritePlan, contiguous_runs, flat_boxes, whole
 from ._leaves import NO_LEAVES, Leaves
 from ._shardings import Box, Device
 from ._staging import DEVICE_MEMORY, PINNED_MEMORY, Snapshot, SnapshotGivenUpError, Submit
-from ._store import Buffer
+from ._storage import Buffer
 from ._viewing import byte_range, copies_on_device, cut, host_view, to_host
 
 _log = logging.getLogger("jaxckpt")

@@ -45,7 +45,8 @@ from ._processes import current_group
 from ._resharding import Destination, plan_reads
 from ._shardings import Box
 from ._steps import CACHE_NAME
-from ._store import Hold, Store, open_store
+from ._storage import Hold, Store
+from ._store import open_store
 from ._values import decode_text, decode_value
 
 # Comparing a key with so many others takes a tenth of a second.

@@ -24,7 +24,7 @@ from ._layout import blocks_of_box, intersect
 from ._manifest import LeafSpec
 from ._parts import ChunkIndex, ChunkPlace, box_of_chunk
 from ._shardings import Box
-from ._store import Buffer
+from ._storage import Buffer
 
 # Small destinations share an allocation of this size, since a mapping of its own costs a system call and a page each.
 SHARED_ALLOCATION_BYTES = 1 << 20

@@ -38,7 +38,7 @@ from ._reading import Checkpoint
 from ._reporting import RestoreReport
 from ._resharding import Destination, ReadPlan, plan_reads
 from ._shardings import Box, fit_to_mesh, give_devices, is_own_sharding, rebuild_sharding
-from ._store import allocate_aligned
+from ._storage import allocate_aligned
 from ._values import decode_value
 from ._zarr import METADATA_NAME
 

@@ -70,7 +70,8 @@ from ._programs import ExportedProgram, as_program
 from ._progress import Progress, ProgressMeter
 from ._snapshot import choose_staging, take_snapshot
 from ._staging import SnapshotGivenUpError
-from ._store import Store, open_store
+from ._storage import Store
+from ._store import open_store
 from ._tables import PIECE_ALIGNMENT, ChunkTable
 from ._zarr import METADATA_NAME, group_metadata
 

@@ -51,7 +51,7 @@ from ._layout import WritePlan
 from ._leaves import NO_LEAVES, Leaves, StreamedArray
 from ._pinned import PinnedSnapshot, pinned_sharding
 from ._staging import Snapshot, Submit
-from ._store import processor_count
+from ._storage import processor_count
 from ._viewing import HostReader
 
 # From here on a second thread that copies pays for its start.

@@ -18,7 +18,7 @@ from typing import Any, final
 from ._config import PIECE_BYTES
 from ._layout import Piece, Segment, WritePlan
 from ._leaves import Leaves
-from ._store import Buffer, allocate_aligned
+from ._storage import Buffer, allocate_aligned
 
 # Called with a piece, its bytes, and a function that gives the bytes' memory back.
 Submit = Callable[[Piece, Buffer, Callable[[], None]], None]

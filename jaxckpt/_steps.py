@@ -30,7 +30,7 @@ from ._commit import PIN_NAME, retract, sweep
 from ._encoding import MANIFEST_BYTES_MAX, checksum_of_manifest, parse_manifest
 from ._errors import CheckpointError
 from ._manifest import MANIFEST_NAME
-from ._store import Store, cut_off_name
+from ._storage import Store, cut_off_name
 
 _log = logging.getLogger("jaxckpt")
 

@@ -1,26 +1,19 @@
 """How do objects get to storage and back?
 
-A *store* is a directory or bucket prefix that holds the objects of one checkpoint under relative names. There are
-two: `LocalStore` for file systems, which goes to the kernel itself, and `KeyValueStore` for everything that
-TensorStore reaches (``s3://``, ``gs://``, ``memory://``). This is the only module that imports tensorstore.
+`open_store` gives the place that a path or URL names: `LocalStore` for file systems, which goes to the kernel itself
+and is below, and `_buckets.BucketStore` for everything that TensorStore reaches (``s3://``, ``gs://``, ``memory://``).
 
 Local files take the shorter way because it measured faster with the same layout (jaxckpt/DESIGN.md, "Input and
 output"): several threads write pieces of the same or of different files with ``pwrite``, past the page cache where
 the file system allows it (O_DIRECT), each file is synced once, and every directory that got a new entry is synced
 before the manifest is published.
 
-Invariants: an object is created under a name that nobody used before (O_EXCL), and published objects replace the
-old ones atomically. A read never fills in for missing bytes. What changes a local file system goes through `Kernel`,
-so that tests can stop or fail each single call.
-
-A `Hold` keeps an object from being deleted while somebody reads it, and a directory while somebody writes into it:
-an flock(2), which ends with its process, however that ends. File systems without locks give no such protection, and
-nothing else depends on it.
+Invariants: an object is created under a name that nobody used before (O_EXCL). What changes a local file system goes
+through `Kernel`, so that tests can stop or fail each single call.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import ctypes
 import errno
@@ -28,33 +21,33 @@ import fcntl
 import functools
 import mmap
 import os
-import re
-import secrets
 import stat
 import sys
 import threading
-import urllib.parse
-import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, final
 
 import numpy as np
 
+from ._buckets import BucketStore
 from ._config import BLOCK_BYTES, MIB
-from ._errors import CheckpointError
+from ._storage import (
+    DIRECT_ALIGNMENT,
+    Buffer,
+    Hold,
+    ObjectWriter,
+    Store,
+    allocate_aligned,
+    local_path,
+    temporary_name,
+)
 
-Buffer = np.ndarray[Any, np.dtype[np.uint8]]
-
-# Memory address, file offset and length that O_DIRECT needs; 4096 suits every disk in use.
-_DIRECT_ALIGNMENT = 4096
 # What is written in one step, so that it stays in the processor's cache from the checksum to the write. For O_DIRECT a
 # source that is not aligned is copied first, into a buffer of this size, one for each writing thread. Whole blocks.
 _WRITE_STEP_BYTES = 2 * BLOCK_BYTES
 # Number of the system call cachestat(2), the same on every architecture. It needs no lock on the address space, for
 # which mincore(2) would wait while other threads fault in fresh memory.
 _SYS_CACHESTAT = 451
-# Of x86-64, and of ARM with pages of 4 KiB.
-_HUGE_PAGE_BYTES = 2 * MIB
 # Flag of mmap(2) on Linux that Python does not name: map at this address.
 _MAP_FIXED = 0x10
 # Below this a file is written through the page cache; there is nothing to win.
@@ -63,12 +56,8 @@ _DIRECT_BYTES_MIN = MIB
 # not there anyway, and the disk wants more in one go.
 _READ_STEP_BYTES = BLOCK_BYTES
 _DIRECT_STEP_BYTES = 4 * MIB
-# The first bytes of a manifest tell it from every other one, for its checksum is among them.
-_FINGERPRINT_BYTES = 64
 # A process has about a thousand file descriptors: what reads so many checkpoints at once does without holding them.
 _HELD_DESCRIPTOR_MAX = 512
-# As `LocalStore.publish` makes them.
-_TEMPORARY = re.compile(r"(.+)\.tmp-[0-9a-f]{16}", re.DOTALL)
 
 
 class Kernel:
@@ -86,223 +75,14 @@ class Kernel:
     rmdir = staticmethod(os.rmdir)
 
 
-@final
-class Hold:
-    """A lock on an object or a directory; it ends with `release`, with the last reference, or with the process."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        _forget_holds_in_forks()
-        _holds.add(self)
-
-    def release(self) -> None:
-        """Ends the hold; again and again without harm."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            self._close(descriptor)
-
-    def __del__(self) -> None:
-        self.release()
-
-    # At the end of the program the module may be gone before the last hold.
-    _close = staticmethod(os.close)
-
-
-_holds: weakref.WeakSet[Hold] = weakref.WeakSet()
-
-
-@functools.cache
-def _forget_holds_in_forks() -> None:
-    """A forked worker shares the locks, and would keep them as long as it lives; what it closes, its parent keeps."""
-    os.register_at_fork(after_in_child=_release_all)
-
-
-def _release_all() -> None:
-    for hold in list(_holds):
-        hold.release()
-
-
-class ObjectWriter(abc.ABC):
-    """An object being written; `write` may be called by several threads at once."""
-
-    @abc.abstractmethod
-    def write(self, offset: int, data: Buffer) -> None:
-        """Writes a range. The last range may end anywhere, all others at multiples of 4096."""
-
-    def write_steps(self, offset: int, data: Buffer) -> Iterator[Buffer]:
-        """As `write`, but yields part after part, each right before it is written; all but the last are whole blocks.
-
-        Whoever looks at the bytes then brings them into the processor's cache, from which they are written.
-        """
-        yield data
-        self.write(offset, data)
-
-    @abc.abstractmethod
-    def finish(self) -> None:
-        """Makes the object's bytes durable."""
-
-    @abc.abstractmethod
-    def abandon(self) -> None:
-        """Gives up; the object may be left incomplete."""
-
-
-class Store(abc.ABC):
-    """The objects of one checkpoint. Names are relative, with ``/`` between their parts."""
-
-    path: str
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition("/")[2]
-
-    @abc.abstractmethod
-    def create(self, name: str, length: int) -> ObjectWriter:
-        """Begins a new object."""
-
-    @abc.abstractmethod
-    def put(self, name: str, data: bytes) -> None:
-        """Writes a small object whole and makes it durable."""
-
-    def link(self, name: str, data: bytes, source: Store, source_name: str) -> bool:
-        """Makes an object of the bytes that another one has, without storing them again; False where that cannot be."""
-        return False
-
-    @abc.abstractmethod
-    def sync(self) -> None:
-        """Makes the names of all objects written through this store durable."""
-
-    @abc.abstractmethod
-    def publish(self, name: str, data: bytes) -> None:
-        """Replaces an object atomically and durably."""
-
-    @abc.abstractmethod
-    def has_length(self, name: str, length: int) -> bool:
-        """Whether an object has exactly so many bytes; FileNotFoundError when it is missing."""
-
-    @abc.abstractmethod
-    def read(self, name: str, bytes_max: int) -> bytes:
-        """A whole small object; FileNotFoundError when it is missing.
-
-        Of an object that is longer than ``bytes_max`` only the first ``bytes_max + 1`` bytes may come.
-        """
-
-    @abc.abstractmethod
-    def read_into(self, name: str, offset: int, buffer: Buffer) -> int:
-        """Fills the buffer from an object and returns how many bytes there were."""
-
-    def read_steps(self, name: str, offset: int, buffer: Buffer) -> Iterator[int]:
-        """As `read_into`, but yields how many bytes there are so far, again and again.
-
-        Whoever looks at the bytes in between finds them in the processor's cache.
-        """
-        yield self.read_into(name, offset, buffer)
-
-    def is_in_memory(self, name: str, offset: int, length: int) -> bool:
-        """Whether most of a range of an object is known to be in memory, where only processors limit reading."""
-        del name, offset, length
-        return False
-
-    def map_into(self, name: str, offset: int, buffer: Buffer) -> bool:
-        """Lets a buffer of `allocate_aligned` show a range of an object instead of a copy; False where it cannot.
-
-        What is written into the buffer later is never written to the object.
-        """
-        del name, offset, buffer
-        return False
-
-    @abc.abstractmethod
-    def delete_tree(self, name: str) -> None:
-        """Deletes all objects below a name, as far as they are there."""
-
-    @abc.abstractmethod
-    def exists(self, name: str) -> bool:
-        """Whether an object is there."""
-
-    @abc.abstractmethod
-    def names(self) -> list[str]:
-        """First parts of the names of all objects and directories, in order; none when nothing is there."""
-
-    @abc.abstractmethod
-    def delete(self, name: str) -> None:
-        """Deletes an object durably, if it is there."""
-
-    def is_link(self, name: str) -> bool:
-        """Whether a name is a symbolic link; object stores have none."""
-        del name
-        return False
-
-    def delete_link(self, name: str) -> bool:
-        """Deletes a symbolic link, and nothing of where it leads; whether it was one."""
-        if not self.is_link(name):
-            return False
-        self.delete(name)
-        return True
-
-    @abc.abstractmethod
-    def confirm(self) -> None:
-        """Makes durable what others have published here."""
-
-    @abc.abstractmethod
-    def child(self, name: str) -> Store:
-        """The store of what lies below a name."""
-
-    def fingerprint(self, name: str) -> Any:
-        """Something that changes when an object is replaced, or None when it is not there."""
-        return True if self.exists(name) else None
-
-    @abc.abstractmethod
-    def remove_if_empty(self) -> None:
-        """Removes the directory itself when nothing is in it; object stores have none."""
-
-    def read_and_hold(self, name: str, bytes_max: int) -> tuple[bytes, Hold | None]:
-        """As `read`; the object is not deleted as long as the hold is there, where storage can promise that."""
-        return self.read(name, bytes_max), None
-
-    def hold_shared(self, name: str) -> Hold | None:
-        """Holds a directory beside others who do; None where that cannot be."""
-        del name
-        return None
-
-    def hold_alone(self, name: str) -> Hold | None:
-        """Holds an object or directory that nobody else holds; None where storage has no locks.
-
-        Raises:
-          BlockingIOError: Somebody holds it.
-          FileNotFoundError: It is not there.
-        """
-        del name
-        return None
-
-    @abc.abstractmethod
-    def make_directory(self, name: str) -> None:
-        """Makes a directory; object stores need none."""
-
-
 def open_store(path: str | os.PathLike[str] | Store) -> Store:
     """The store at a path or URL, or the one that is given; touches nothing."""
     if isinstance(path, Store):
         return path
     text = os.fspath(path)
     if "://" in text and not text.startswith("file://"):
-        return KeyValueStore(text)
+        return BucketStore(text)
     return LocalStore(os.path.abspath(local_path(text)))
-
-
-def cut_off_name(name: str) -> str | None:
-    """Of the temporary name of a publication, which a crash leaves behind, what was to be published; else None."""
-    match = _TEMPORARY.fullmatch(name)
-    return match and match[1]
-
-
-def local_path(text: str) -> str:
-    """The path that a ``file://`` URL names; anything else as it is."""
-    if not text.startswith("file://"):
-        return text
-    host, slash, path = text.removeprefix("file://").partition("/")
-    if host not in ("", "localhost"):
-        raise CheckpointError(f"{text!r} names the host {host!r}: a file URL has three slashes, file:///...")
-    return urllib.parse.unquote(slash + path, errors="surrogateescape")
 
 
 # --- local files ----------------------------------------------------------------------------------------------
@@ -356,7 +136,7 @@ class LocalStore(Store):
     def publish(self, name: str, data: bytes) -> None:
         target = os.path.join(self.path, name)
         self._make_directory(os.path.dirname(target))
-        temporary = f"{target}.tmp-{secrets.token_hex(8)}"
+        temporary = temporary_name(target)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             descriptor = self._kernel.open(temporary, flags, 0o666)
@@ -601,7 +381,7 @@ class _LocalWriter(ObjectWriter):
             pass
 
     def write_steps(self, offset: int, data: Buffer) -> Iterator[Buffer]:
-        is_aligned = data.ctypes.data % _DIRECT_ALIGNMENT == 0
+        is_aligned = data.ctypes.data % DIRECT_ALIGNMENT == 0
         step_bytes = len(data) if self._is_direct and is_aligned else _WRITE_STEP_BYTES
         for start in range(0, len(data), step_bytes or 1):
             part = data[start : start + step_bytes]
@@ -614,11 +394,11 @@ class _LocalWriter(ObjectWriter):
 
     def _write_part(self, offset: int, part: Buffer) -> None:
         """Writes what starts at a page, if it must; a last part of a page is filled with zeros, up to `finish`."""
-        rest = len(part) % _DIRECT_ALIGNMENT if self._is_direct else 0
+        rest = len(part) % DIRECT_ALIGNMENT if self._is_direct else 0
         whole = len(part) - rest
         _write_all(self._kernel, self._descriptor, offset, part[:whole])
         if rest:
-            page = _thread_bounce_buffer()[:_DIRECT_ALIGNMENT]
+            page = _thread_bounce_buffer()[:DIRECT_ALIGNMENT]
             page[:rest] = part[whole:]
             page[rest:] = 0
             _write_all(self._kernel, self._descriptor, offset + whole, page)
@@ -626,7 +406,7 @@ class _LocalWriter(ObjectWriter):
     def finish(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         try:
-            if self._is_direct and self._length % _DIRECT_ALIGNMENT:
+            if self._is_direct and self._length % DIRECT_ALIGNMENT:
                 self._kernel.ftruncate(descriptor, self._length)
             self._kernel.fsync(descriptor)
         finally:
@@ -647,38 +427,6 @@ def _thread_bounce_buffer() -> Buffer:
         _thread_buffers.bounce = allocate_aligned(_WRITE_STEP_BYTES)
     buffer: Buffer = _thread_buffers.bounce
     return buffer
-
-
-def allocate_aligned(nbytes: int, offset: int = 0) -> Buffer:
-    """Fresh memory, in huge pages where it is large: a page fault costs more than the copy of its page.
-
-    Args:
-      nbytes: How much.
-      offset: The memory starts as far behind a page as this does, so that O_DIRECT can read from there in a file.
-    """
-    if nbytes == 0:
-        return np.empty(0, np.uint8)
-    lead = offset % _DIRECT_ALIGNMENT
-    length = lead + nbytes
-    has_huge_pages = nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
-    if has_huge_pages:
-        # Linux starts mappings of whole huge pages at one.
-        length = -(-length // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    # Private: Python's default is shared memory, which gets no huge pages.
-    region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if has_huge_pages:
-        # The last one is taken whole if at least half of it is used.
-        advised = (lead + nbytes + _HUGE_PAGE_BYTES // 2) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        with contextlib.suppress(OSError):
-            region.madvise(mmap.MADV_HUGEPAGE, 0, advised)
-    return np.frombuffer(region, np.uint8)[lead : lead + nbytes]
-
-
-def processor_count() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _lock(descriptor: int, kind: int) -> bool:
@@ -735,10 +483,10 @@ def _read_direct(path: str, descriptor: int, offset: int, buffer: Buffer) -> Ite
 
     The first bytes up to a multiple of 4096 are read through the cache. What is left at the end is for the caller.
     """
-    head = -offset % _DIRECT_ALIGNMENT
-    if (buffer.ctypes.data + head) % _DIRECT_ALIGNMENT:
+    head = -offset % DIRECT_ALIGNMENT
+    if (buffer.ctypes.data + head) % DIRECT_ALIGNMENT:
         return
-    end = head + (len(buffer) - head) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+    end = head + (len(buffer) - head) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
     try:
         direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
@@ -748,7 +496,7 @@ def _read_direct(path: str, descriptor: int, offset: int, buffer: Buffer) -> Ite
             return
         for count in _read_steps(direct, offset + head, buffer[head:end], _DIRECT_STEP_BYTES):
             yield head + count
-            if count % _DIRECT_ALIGNMENT:  # the file ends here
+            if count % DIRECT_ALIGNMENT:  # the file ends here
                 return
     except OSError as error:
         if (
@@ -821,145 +569,3 @@ def _is_in_memory(path: str) -> bool:
     return any(
         line.split()[2] == number and line.split(" - ")[1].split()[0] in ("tmpfs", "ramfs") for line in lines
     )
-
-
-# --- everything that TensorStore reaches ----------------------------------------------------------------------
-
-
-@functools.cache
-def _memory_context() -> Any:
-    """TensorStore keeps ``memory://`` objects in a context; one for the process, so that they outlive a call."""
-    import tensorstore as ts
-
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-
-
-@final
-class KeyValueStore(Store):
-    """A prefix of an object store, through TensorStore's key-value interface."""
-
-    def __init__(self, url: str) -> None:
-        import tensorstore as ts
-
-        self.path = url.rstrip("/")
-        # A context of its own for each store: a shared one pins what was written through it.
-        context = (
-            _memory_context()
-            if url.startswith("memory://")
-            else ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-        )
-        try:
-            self._store = ts.KvStore.open(self.path + "/", context=context).result()
-        except ValueError as error:
-            raise CheckpointError(f"{url!r} is no place that TensorStore can reach: {error}") from error
-
-    def create(self, name: str, length: int) -> ObjectWriter:
-        return _KeyValueWriter(self, name, length)
-
-    def put(self, name: str, data: bytes) -> None:
-        with self._plain_errors(name):
-            self._store.write(name, data).result()
-
-    def sync(self) -> None:
-        """Nothing to do: an object store acknowledges a write when it is durable."""
-
-    def publish(self, name: str, data: bytes) -> None:
-        self.put(name, data)
-
-    def has_length(self, name: str, length: int) -> bool:
-        # The interface has no "stat": the last byte must be there, and none after it.
-        has_last = length == 0 or self._value(name, slice(length - 1, length)) is not None
-        return has_last and self._value(name, slice(length, length + 1)) is None
-
-    def read(self, name: str, bytes_max: int) -> bytes:
-        value = self._value(name, None)
-        assert value is not None
-        return value
-
-    def exists(self, name: str) -> bool:
-        try:
-            self.read(name, 0)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def read_into(self, name: str, offset: int, buffer: Buffer) -> int:
-        value = self._value(name, slice(offset, offset + len(buffer)))
-        if value is None:
-            return 0
-        buffer[: len(value)] = np.frombuffer(value, np.uint8)
-        return len(value)
-
-    def delete_tree(self, name: str) -> None:
-        import tensorstore as ts
-
-        with self._plain_errors(name):
-            self._store.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
-
-    def names(self) -> list[str]:
-        with self._plain_errors(""):
-            keys = self._store.list().result()
-        return sorted({key.decode(errors="surrogateescape").partition("/")[0] for key in keys})
-
-    def delete(self, name: str) -> None:
-        with self._plain_errors(name):
-            self._store.write(name, None).result()
-
-    def child(self, name: str) -> KeyValueStore:
-        return KeyValueStore(f"{self.path}/{name}")
-
-    def fingerprint(self, name: str) -> Any:
-        try:
-            return self._value(name, slice(0, _FINGERPRINT_BYTES))
-        except FileNotFoundError:
-            return None
-
-    def confirm(self) -> None:
-        """Nothing to do: what can be read is durable."""
-
-    def remove_if_empty(self) -> None:
-        """Nothing to do: a prefix without objects is not there."""
-
-    def make_directory(self, name: str) -> None:
-        """Nothing to do: a prefix is there when an object is."""
-
-    def _value(self, name: str, byte_range: slice | None) -> bytes | None:
-        """Bytes of an object, or None when it does not have that range."""
-        try:
-            with self._plain_errors(name):
-                result = self._store.read(name, byte_range=byte_range).result()
-        except OSError as error:
-            if "OUT_OF_RANGE" in str(error):
-                return None
-            raise
-        if result.state != "value":
-            raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.path}/{name}")
-        return bytes(result.value)
-
-    @contextlib.contextmanager
-    def _plain_errors(self, name: str) -> Generator[None]:
-        """TensorStore reports everything as ValueError; callers know OSError."""
-        try:
-            yield
-        except ValueError as error:
-            raise OSError(errno.EIO, str(error), f"{self.path}/{name}") from error
-
-
-@final
-class _KeyValueWriter(ObjectWriter):
-    """Collects an object, which object stores take in one request."""
-
-    def __init__(self, store: KeyValueStore, name: str, length: int) -> None:
-        self._store = store
-        self._name = name
-        self._buffer = np.empty(length, np.uint8)
-
-    def write(self, offset: int, data: Buffer) -> None:
-        self._buffer[offset : offset + len(data)] = data
-
-    def finish(self) -> None:
-        self._store.put(self._name, self._buffer.tobytes())
-        self.abandon()
-
-    def abandon(self) -> None:
-        self._buffer = np.empty(0, np.uint8)

@@ -29,7 +29,7 @@ from ._dtypes import is_sub_byte
 from ._layout import Run, Segment, WritePlan, contiguous_runs, flat_boxes
 from ._leaves import Kinds, Leaves, StreamedArray, Template
 from ._shardings import Box, Device
-from ._store import Buffer
+from ._storage import Buffer
 
 # What one compiled function copies: its compilation takes 0.4 ms for each.
 _ARRAYS_OF_A_COPY_MAX = 1024

@@ -38,13 +38,13 @@ LEVELS = (
         "_processes",
         "_reporting",
         "_retention",
-        "_store",
+        "_storage",
         "_tables",
         "_terminal",
         "_values",
     ),
-    ("_leader", "_manifest"),
-    ("_deriving", "_encoding", "_layout", "_parts", "_programs", "_zarr"),
+    ("_buckets", "_leader", "_manifest"),
+    ("_deriving", "_encoding", "_layout", "_parts", "_programs", "_store", "_zarr"),
     ("_commit", "_leaves", "_matching", "_naming", "_ownership", "_persist", "_resharding"),
     ("_fetching", "_individual", "_placement", "_planning", "_staging", "_steps", "_viewing"),
     ("_calling", "_collective", "_gathering", "_keeping", "_pinned"),
@@ -103,14 +103,14 @@ def test_no_module_stands_higher_than_its_imports_need(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_declared_packages_only(module: str) -> None:
     _, foreign = imports_of(module)
-    allowed = DECLARED | ({"tensorstore"} if module == "_store" else set())
+    allowed = DECLARED | ({"tensorstore"} if module == "_buckets" else set())
     # Methods of an open checkpoint that are short for a public verb call it by its public name.
     allowed |= {"jaxckpt"} if module == "_reading" else set()
     assert foreign - allowed == set()
 
 
-def test_tensorstore_is_imported_by_the_store() -> None:
-    _, foreign = imports_of("_store")
+def test_tensorstore_is_imported_by_one_module() -> None:
+    _, foreign = imports_of("_buckets")
     assert "tensorstore" in foreign
 
 

@@ -32,7 +32,8 @@ import pytest
 import jaxckpt
 from jaxckpt import _saving
 from jaxckpt._staging import HOST_MEMORY, PINNED_MEMORY
-from jaxckpt._store import Buffer, Hold, LocalStore, ObjectWriter, Store
+from jaxckpt._storage import Buffer, Hold, ObjectWriter, Store
+from jaxckpt._store import LocalStore
 
 from .helpers import ROOT, assert_same_tree, run_fork
 

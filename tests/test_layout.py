@@ -31,7 +31,7 @@ from jaxckpt._manifest import LeafSpec, Manifest
 from jaxckpt._parts import ChunkIndex
 from jaxckpt._resharding import ReadPlan, plan_reads
 from jaxckpt._shardings import Box, shrink_axes
-from jaxckpt._store import Buffer, ObjectWriter, Store
+from jaxckpt._storage import Buffer, ObjectWriter, Store
 from jaxckpt._tables import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT, ChunkTable
 
 SETTINGS = settings(

@@ -25,7 +25,8 @@ import jaxckpt
 from jaxckpt import CheckpointManager
 from jaxckpt._staging import HOST_MEMORY
 from jaxckpt._steps import StepDirectory
-from jaxckpt._store import Buffer, Hold, LocalStore, Store
+from jaxckpt._storage import Buffer, Hold, Store
+from jaxckpt._store import LocalStore
 
 from .attacks.generate import FOLDER as ATTACKS
 from .helpers import assert_same_tree

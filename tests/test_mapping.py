@@ -25,7 +25,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jaxckpt
 from jaxckpt._config import MIB
 from jaxckpt._reading import open_checkpoint
-from jaxckpt._store import Buffer, LocalStore, Store, _map_at, allocate_aligned
+from jaxckpt._storage import Buffer, Store, allocate_aligned
+from jaxckpt._store import LocalStore, _map_at
 
 from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork
 from .test_manager_truth import WatchedStore

@@ -25,7 +25,8 @@ import jaxckpt
 from jaxckpt._config import BLOCK_BYTES, MIB
 from jaxckpt._fetching import ReadExecutor
 from jaxckpt._resharding import plan_reads
-from jaxckpt._store import Buffer, LocalStore, Store, processor_count
+from jaxckpt._storage import Buffer, Store, processor_count
+from jaxckpt._store import LocalStore
 
 from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork
 

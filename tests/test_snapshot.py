@@ -31,7 +31,8 @@ from jaxckpt._leaves import inspect_leaves
 from jaxckpt._planning import plan_save
 from jaxckpt._snapshot import take_snapshot
 from jaxckpt._staging import DEVICE_MEMORY, HOST_MEMORY, PINNED_MEMORY
-from jaxckpt._store import Kernel, LocalStore, allocate_aligned
+from jaxckpt._storage import allocate_aligned
+from jaxckpt._store import Kernel, LocalStore
 from jaxckpt._viewing import cut
 
 from .helpers import assert_same_tree, make_mesh

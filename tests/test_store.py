@@ -17,7 +17,8 @@ import pytest
 import tensorstore as ts
 
 import jaxckpt
-from jaxckpt._store import Kernel, LocalStore, allocate_aligned, open_store
+from jaxckpt._storage import allocate_aligned
+from jaxckpt._store import Kernel, LocalStore, open_store
 
 from .helpers import assert_same_tree, run_fork
 from .storage_faults import NotedKernel, Operation

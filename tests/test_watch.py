@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt._store import Hold, Store
+from jaxckpt._storage import Hold, Store
 
 from .helpers import ROOT, assert_same_tree
 from .test_commit import WatchedStore

@@ -53,7 +53,8 @@ from jaxckpt._leaves import StreamedArray, inspect_leaves
 from jaxckpt._progress import Progress, ProgressMeter
 from jaxckpt._reading import StoredLeaf
 from jaxckpt._shardings import Box, local_boxes
-from jaxckpt._store import Buffer, ObjectWriter, Store, allocate_aligned, open_store
+from jaxckpt._storage import Buffer, ObjectWriter, Store, allocate_aligned
+from jaxckpt._store import open_store
 from jaxckpt._viewing import read_shard
 
 from ._crc import crc32c, extend, mask
