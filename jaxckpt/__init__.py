@@ -11,6 +11,8 @@ The modules, in the order in which to read them. Each imports only from those th
     _callback     what a training loop calls: resume, save, stop
     _manager      a directory of numbered checkpoints
     _resuming     which of them a run goes on from
+    _uploading    committed steps go on to a second tier
+    _copying      a checkpoint goes to another store, verified
     _foreign      checkpoints of other libraries, read and restored as ours are
     _checkpoint   the story: save, save_async, restore, open. Start here
     _execution    the command that runs a stored program
@@ -116,6 +118,7 @@ from ._reading import Checkpoint as Checkpoint, StoredLeaf as StoredLeaf
 from ._reporting import RestoreReport as RestoreReport
 from ._retention import Best as Best, Verdict as Verdict
 from ._saving import CheckpointInfo as CheckpointInfo
+from ._uploading import UploadOptions as UploadOptions
 
 __version__: str
 

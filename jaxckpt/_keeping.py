@@ -28,7 +28,7 @@ import dataclasses
 import logging
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol, final
 
 from ._errors import CheckpointError, NotFoundError
@@ -53,6 +53,8 @@ class Keeper:
       last_step: In flight or committed by this manager, or restored by it.
       failed_step: Whose save failed last, unless one went well since.
       tidy_lock: Held while steps are judged and deleted. An observer of a deletion may pin and delete.
+      directory: What it keeps.
+      hold_back: Is told which steps no rule keeps, and says which of them stay for now all the same.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Keeper:
         self.last_step: int | None = None
         self.failed_step: int | None = None
         self.tidy_lock = threading.RLock()
-        self._directory = directory
+        self.directory = directory
+        self.hold_back: Callable[[list[int]], Collection[int]] = lambda _: ()
         self._retention = retention
         self._wall_s = wall_s
         self._tell = tell
@@ -76,7 +79,7 @@ class Keeper:
 
     def steps(self) -> list[int]:
         """The committed steps that count, ascending."""
-        return [step for step in self._directory.committed() if not self.is_left_out(step)]
+        return [step for step in self.directory.committed() if not self.is_left_out(step)]
 
     def latest_step(self) -> int | None:
         """The newest step that counts, or None."""
@@ -84,29 +87,45 @@ class Keeper:
 
     def has_only_doubtful(self) -> bool:
         """Whether nothing is committed but what failed saves have put there."""
-        return all(self._is_doubtful(step) for step in self._directory.committed())
+        return all(self._is_doubtful(step) for step in self.directory.committed())
 
     def records(self) -> list[StepRecord]:
         """What the steps that count say of themselves."""
-        return [record for record in self._directory.records() if not self.is_left_out(record.step)]
+        return [record for record in self.directory.records() if not self.is_left_out(record.step)]
+
+    def durable_records(self) -> list[StepRecord]:
+        """What the steps say of themselves that are there for sure, damaged ones too.
+
+        What the save in flight, or one that failed late, has put there may be gone when the machine fails.
+        """
+        records = self.directory.records()
+        # Asked for after the records, so that a step that is in them and not unsure is durable.
+        unsure = self.directory.busy
+        with self._lock:
+            failed = self.failed_step
+        return [record for record in records if record.name != unsure and record.step != failed]
+
+    def has(self, step: int) -> bool:
+        """Whether a step is committed, and whole as far as is known."""
+        return self.directory.fingerprint_of(step) is not None and not self.is_damaged(step)
 
     def require(self, step: int) -> Store:
         """Where a step is, which must be committed."""
         step = checked_step(step)
-        if self._directory.fingerprint_of(step) is None:
+        if self.directory.fingerprint_of(step) is None:
             steps = self.steps()
             there = f"it has {', '.join(map(str, steps[-10:]))}" if steps else "nothing is committed there"
-            raise NotFoundError(f"there is no step {step} in {self._directory.path!r}: {there}")
-        return self._directory.store_of(step)
+            raise NotFoundError(f"there is no step {step} in {self.directory.path!r}: {there}")
+        return self.directory.store_of(step)
 
     def is_damaged(self, step: int) -> bool:
         """Whether what is there proved damaged."""
         fingerprint = self._damaged.get(step)
-        return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
+        return fingerprint is not None and fingerprint == self.directory.fingerprint_of(step)
 
     def _is_doubtful(self, step: int) -> bool:
         fingerprint = self._doubtful.get(step)
-        return fingerprint is not None and fingerprint == self._directory.fingerprint_of(step)
+        return fingerprint is not None and fingerprint == self.directory.fingerprint_of(step)
 
     def is_left_out(self, step: int) -> bool:
         """Whether a committed step counts as none."""
@@ -157,25 +176,25 @@ class Keeper:
             return
         self._is_swept = True
         try:
-            self._directory.sweep_all()
+            self.directory.sweep_all()
         except OSError as error:
             self._is_swept = False
-            _log.warning("cannot sweep %r: %s", self._directory.path, error)
+            _log.warning("cannot sweep %r: %s", self.directory.path, error)
 
     def tidy(self, step: int) -> None:
         """Called in the background after a save of this step, while nobody waits."""
         with self.tidy_lock:
             try:
-                self._directory.sweep()
+                self.directory.sweep()
                 # What was replaced may have been too damaged to be removed, or in use.
-                self._directory.sweep_step(step)
+                self.directory.sweep_step(step)
             except OSError as error:
                 self._is_swept = False
-                _log.warning("cannot sweep %r: %s", self._directory.path, error)
+                _log.warning("cannot sweep %r: %s", self.directory.path, error)
             try:
                 self._delete_old()
             except OSError as error:
-                _log.warning("cannot look for old steps in %r: %s", self._directory.path, error)
+                _log.warning("cannot look for old steps in %r: %s", self.directory.path, error)
             self._write_cache()
 
     def prune(self) -> list[int]:
@@ -184,7 +203,7 @@ class Keeper:
             newest = self.latest_step()
             if newest is not None:
                 # Another process may have renamed its manifest without having synced the directory yet.
-                self._directory.store_of(newest).confirm()
+                self.directory.store_of(newest).confirm()
             deleted = self._delete_old()
             if deleted:
                 self._write_cache()
@@ -194,9 +213,9 @@ class Keeper:
         """Deletes a step, whatever the rules say."""
         with self.tidy_lock:
             self.require(step)
-            if not self._directory.delete(step):
+            if not self.directory.delete(step):
                 raise CheckpointError(
-                    f"step {step} of {self._directory.path!r} is being read\ntry again later"
+                    f"step {step} of {self.directory.path!r} is being read\ntry again later"
                 )
             self._write_cache()
 
@@ -204,19 +223,19 @@ class Keeper:
         """Marks a step as one that stays."""
         with self.tidy_lock:  # not between the judgement of a step and its deletion
             self.require(step)
-            self._directory.pin(step)
+            self.directory.pin(step)
 
     def unpin(self, step: int) -> None:
         """Takes the mark away."""
         with self.tidy_lock:
             self.require(step)
-            self._directory.unpin(step)
+            self.directory.unpin(step)
 
     def explain(self) -> list[Verdict]:
         """What the rules say of each committed step."""
-        records = self._directory.records()
+        records = self.directory.records()
         verdicts = {verdict.step: verdict for verdict in self._judge(records)}
-        for step in self._directory.committed():
+        for step in self.directory.committed():
             if step not in verdicts:
                 verdicts[step] = Verdict(step, True, ("it cannot be read, and is left alone",))
         return [verdicts[step] for step in sorted(verdicts)]
@@ -224,7 +243,7 @@ class Keeper:
     def _judge(self, records: list[StepRecord]) -> list[Verdict]:
         whole = [record for record in records if not self.is_damaged(record.step)]
         policy = dataclasses.replace(
-            self._retention, pinned=self._retention.pinned | self._directory.pinned(whole)
+            self._retention, pinned=self._retention.pinned | self.directory.pinned(whole)
         )
         return judge_steps(
             [record.step for record in whole],
@@ -237,22 +256,20 @@ class Keeper:
     def _delete_old(self) -> list[int]:
         """Deletes what no rule keeps; what cannot be deleted is tried again after the next save."""
         deleted: list[int] = []
-        records = self._directory.records()
-        # What the save in flight, or one that failed late, has put there may not be durable: it makes no step an old
-        # one. It is asked for after the records, so that a step that is in them and not unsure is durable.
-        unsure = self._directory.busy
-        with self._lock:
-            failed = self.failed_step
-        durable = [record for record in records if record.name != unsure and record.step != failed]
-        for verdict in self._judge(durable):
-            step = verdict.step
-            # Clocks of several machines may disagree about what was committed last; this process knows what it was.
-            if verdict.is_kept or step == self.last_step:
+        # Clocks of several machines may disagree about what was committed last; this process knows what it was.
+        doomed = {
+            verdict.step: verdict
+            for verdict in self._judge(self.durable_records())
+            if not verdict.is_kept and verdict.step != self.last_step
+        }
+        held_back = self.hold_back(list(doomed)) if doomed else ()
+        for step, verdict in doomed.items():
+            if step in held_back:
                 continue
             try:
-                is_deleted = self._directory.delete(step)
+                is_deleted = self.directory.delete(step)
             except OSError as error:
-                _log.warning("cannot delete step %d of %r: %s", step, self._directory.path, error)
+                _log.warning("cannot delete step %d of %r: %s", step, self.directory.path, error)
                 continue
             if is_deleted:
                 deleted.append(step)
@@ -264,10 +281,10 @@ class Keeper:
     def _write_cache(self) -> None:
         """Nothing depends on it, so that nothing fails with it."""
         try:
-            self._directory.write_cache()
+            self.directory.write_cache()
         except OSError as error:
             self._is_swept = False
-            _log.warning("cannot write checkpoint.json in %r: %s", self._directory.path, error)
+            _log.warning("cannot write checkpoint.json in %r: %s", self.directory.path, error)
 
 
 def checked_step(step: Any) -> int:

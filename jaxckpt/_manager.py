@@ -18,11 +18,13 @@ Invariants:
 * Nothing is changed before the first `save`, so that any number of other processes may read with managers of their own.
 * What is being read is not deleted: a reader holds the manifest (`Hold`), and the deletion is tried again after the
   next save.
+* With a second tier (``upload_to=``) everything that is saved goes to the directory first; `_uploading` brings it on.
+  What is read may come from either tier, and training waits for the first one only.
 * All processes of a group open the same sessions in the same order: each is opened where numbers of steps, earlier
   decisions or the call itself say so, and nothing else.
 
 Deliberately not here: when to save (`_schedule`), what to keep (`_retention`), what is in the directory (`_steps`), the
-deleting (`_keeping`), and which step to go on from (`_resuming`).
+deleting (`_keeping`), which step to go on from (`_resuming`), and what goes to a second tier (`_uploading`).
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ from ._steps import StepDirectory
 from ._storage import Store
 from ._store import open_store
 from ._terminal import ProgressBar
+from ._uploading import Uploader, UploadOptions
 
 _log = logging.getLogger("jaxckpt")
 
@@ -93,11 +96,13 @@ class CheckpointEvent:
     Attributes:
       kind: ``"saving"`` (a save began), ``"saved"``, ``"failed"``, ``"skipped"`` (a due step was not saved),
         ``"waited"`` (for the save in flight), ``"deleted"``, ``"in use"`` (not deleted, for somebody reads it),
-        ``"damaged"``, ``"restored"`` or ``"preempted"``.
+        ``"damaged"``, ``"restored"`` or ``"preempted"``. With a second tier also ``"uploading"``, ``"uploaded"``,
+        ``"upload failed"`` (and is tried again after the next save), ``"upload skipped"`` (deleted before that), and
+        ``"upload deleted"`` and ``"upload in use"`` for steps of that tier.
       step: The step that it is about.
       message: The same for people.
       info: What was saved, for ``"saved"``.
-      error: Why not, for ``"failed"`` and ``"damaged"``.
+      error: Why not, for ``"failed"``, ``"upload failed"`` and ``"damaged"``.
     """
 
     kind: str
@@ -159,8 +164,16 @@ class CheckpointManager:
 
     Rules for keeping. A step stays if any of these keeps it; the newest always stays. See `explain`.
 
+    Two tiers. With ``upload_to=`` steps are committed to ``directory``, which may be fast and mortal (a local disk,
+    ``/dev/shm``), and committed steps are uploaded in the background; an upload is a whole checkpoint under the same
+    name. What is read (`restore`, `resume`, `steps`, `open`, ...) is what either tier has; a step that both have is read
+    from the directory, and from the second tier if it is damaged there. The first call of `save` begins to upload what
+    an earlier run left. `wait`, `close` and the end of the program wait for uploads; after a preemption `close` does so
+    only as long as the grace lasts. A process that is killed meanwhile harms nothing.
+
     Args:
-      directory: Directory (or ``s3://``, ``gs://``, ``memory://`` URL).
+      directory: Directory (or ``s3://``, ``gs://``, ``memory://`` URL). In a group of processes it is one for all, or
+        ``local=True``.
       save_interval_steps: Save when a multiple of so many steps is reached or passed.
       save_interval_s: Save when so many seconds have passed since the last save.
       save_steps: Save at these steps: any container of ints.
@@ -187,6 +200,9 @@ class CheckpointManager:
       local: In a group of processes that share no storage: each keeps what its devices have, in
         ``process-<index>`` below ``directory``, which holds steps of its own. `restore` and `resume` take the newest
         step that all of them have. The rules for keeping must not depend on what differs by process, as metrics may.
+      upload_to: Second tier: a directory or URL, for the steps of this directory alone. In a group of processes,
+        process 0 uploads; with ``local=True`` each uploads what it has.
+      upload: What is uploaded, and the rules by which it is kept there. By default everything is, for good.
       options: How a save is written, and how long the processes of a group wait for each other.
       on_event: Called with a `CheckpointEvent` for whatever happens, from several threads. What it raises is logged.
       progress: Whether to show a progress bar on stderr, if that is a terminal.
@@ -226,6 +242,8 @@ class CheckpointManager:
         width: int = 8,
         local: bool = False,
         programs: Mapping[str, Any] | None = None,
+        upload_to: str | os.PathLike[str] | Store | None = None,
+        upload: UploadOptions | None = None,
         options: SaveOptions | None = None,
         on_event: Callable[[CheckpointEvent], None] | None = None,
         progress: bool = False,
@@ -234,12 +252,18 @@ class CheckpointManager:
     ) -> None:
         if if_busy not in ("wait", "skip"):
             raise ValueError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}")
+        if upload is not None and upload_to is None:
+            raise ValueError("upload= says how to upload, but there is no upload_to=")
         self._options = options or SaveOptions()
         store = open_store(directory)
+        remote_store = None if upload_to is None else open_store(upload_to)
+        if remote_store is not None and remote_store.path == store.path:
+            raise ValueError(f"upload_to= must be another place than the directory, {store.path!r}")
         group = current_group()
         self._is_local = local and group is not None
         if self._is_local and group is not None:
             store = store.child(local_directory(group.index))
+            remote_store = remote_store and remote_store.child(local_directory(group.index))
         self._directory = StepDirectory(store, prefix, width)
         self._leader = (
             None if group is None else Leader(group, store.path, self._options.timeout_s, monotonic_s)
@@ -269,9 +293,20 @@ class CheckpointManager:
         self._skips_if_busy = if_busy == "skip"
         self._on_event = on_event
         self._keeper = Keeper(self._directory, self._retention, wall_s, self._tell)
-        self._reader = StepReader(
-            self._directory, self._keeper, self._leader, self._tell, is_local=self._is_local
-        )
+        # Where steps are, the nearest place first.
+        self._tiers = [self._keeper]
+        self._uploader: Uploader | None = None
+        if remote_store is not None:
+            upload = upload or UploadOptions()
+            remote = Keeper(
+                StepDirectory(remote_store, prefix, width), upload.retention(), wall_s, self._tell_of_remote
+            )
+            self._tiers.append(remote)
+            if self._is_keeping:
+                self._uploader = Uploader(
+                    self._keeper, remote, upload, self._tell, self._on_upload_end, wall_s
+                )
+        self._reader = StepReader(self._tiers, self._leader, self._tell, is_local=self._is_local)
         self._bar = ProgressBar(sys.stderr) if progress and is_first else None
         self._monotonic_s = monotonic_s
         self._wall_s = wall_s
@@ -293,6 +328,7 @@ class CheckpointManager:
         self._lock = threading.Lock()
         self._idle: list[PendingSave] = []  # done, but their threads may still delete
         self._failures: list[PendingSave] = []
+        self._failed_upload: tuple[int, PendingSave] | None = None
         self._fingerprint_before: Any = None  # of the step in flight, before its save
         self._last_info: CheckpointInfo | None = None
 
@@ -360,6 +396,8 @@ class CheckpointManager:
         if self._is_closed:
             raise ValueError(f"the manager of {self._directory.path!r} is closed")
         self._has_seen_steps = True
+        if self._uploader is not None:
+            self._uploader.wake_first()
         call = _Call(step, tree, metrics, items, metadata, self._programs if programs is None else programs)
         decide: Callable[[], _Decision] | None = None
         if self._leader is not None:
@@ -543,7 +581,7 @@ class CheckpointManager:
         pending = PendingSave(
             store.path,
             functools.partial(self._on_end, step),
-            functools.partial(self._keeper.tidy, step) if self._is_keeping else None,
+            functools.partial(self._tidy, step) if self._is_keeping else None,
         )
         self._tell("saving", step, f"saving step {step}: {decision.reason}")
         self._keeper.note_last(step)
@@ -580,6 +618,12 @@ class CheckpointManager:
         self._unsaved = None
         self._has_answered_preemption |= self._is_preempted
         return pending
+
+    def _tidy(self, step: int) -> None:
+        """Called in the background after a save, while nobody waits."""
+        self._keeper.tidy(step)
+        if self._uploader is not None:
+            self._uploader.wake()
 
     def _fail_undecided(self, step: int, failure: CheckpointError) -> PendingSave:
         """It was not found out what shall become of the step: it is given up, and the loop goes on."""
@@ -636,33 +680,37 @@ class CheckpointManager:
 
     def _is_there_already(self, step: int) -> bool:
         """Whether a step is committed that this manager did not save."""
-        fingerprint = self._directory.fingerprint_of(step)
-        if fingerprint is None or self._keeper.is_damaged(step):
-            return False
+        if not self._keeper.has(step):
+            return self._uploader is not None and self._uploader.is_there(step)
         # If so, this manager wrote it, and it may not be durable.
         return not step == self._keeper.failed_step == self._pending_step
 
     def _note_there(self, step: int) -> None:
         self._schedule.note_resumed(step)
         message = (
-            f"step {step} is not saved: it is in {self._directory.path!r} already, from an earlier run\n"
+            f"step {step} is not saved: it is in {self._path_of_any(step)!r} already, from an earlier run\n"
             "resume from the newest step, delete that one, or pass overwrite=True"
         )
         if self._is_first:
             _log.warning("%s", message)
         self._tell("skipped", step, message)
 
+    def _path_of_any(self, step: int) -> str:
+        """The directory, or the second tier if the step is there only."""
+        is_remote = self._uploader is not None and not self._keeper.has(step)
+        return self._tiers[-1 if is_remote else 0].directory.path
+
     def _newest_store(self) -> Store | None:
-        """Where the newest step is."""
+        """Where the newest step of the directory is."""
         try:
-            newest = self.latest_step()
+            newest = self._keeper.latest_step()
         except OSError:
             return None
         return None if newest is None else self._directory.store_of(newest)
 
     def _newest_good(self) -> str:
         try:
-            newest = self.latest_step()
+            newest = self._keeper.latest_step()
         except OSError:
             return "what is in the directory cannot be found out"
         return "no step is committed" if newest is None else f"the newest committed step is {newest}"
@@ -691,6 +739,22 @@ class CheckpointManager:
             self._tell("failed", step, f"step {step} is not saved: {failure}", error=failure)
         elif pending.info is not None:
             self._tell("saved", step, f"saved step {step} in {pending.info.seconds:.3f} s", info=pending.info)
+
+    def _on_upload_end(self, step: int, failure: CheckpointError | None) -> None:
+        """Called in the background when a step was uploaded, or given up for now."""
+        if failure is None:
+            with self._lock:
+                if self._failed_upload is not None and self._failed_upload[0] <= step:
+                    self._failed_upload[1].mark_seen()  # made up for
+                    self._failed_upload = None
+            return
+        pending = PendingSave(self._tiers[-1].directory.path)
+        pending.fail(failure)
+        with self._lock:
+            if self._failed_upload is not None:
+                self._failed_upload[1].mark_seen()  # of many failures the last one is told
+            self._failed_upload = step, pending
+        self._tell("upload failed", step, str(failure), error=failure)
 
     def _late_fingerprint(self, step: int) -> Any:
         """Fingerprint of what a failed save has put in place all the same, or None."""
@@ -729,7 +793,8 @@ class CheckpointManager:
         """Deletes the steps that no rule keeps, without saving.
 
         Returns:
-          The steps that were deleted. Those that somebody reads, and the one that training goes on from, stay.
+          The steps that were deleted. Those that somebody reads, the one that training goes on from, and those that
+          still have to be uploaded stay. A second tier is pruned by its own rules, too, and what went there is not told.
 
         Collective: all processes of a group. Process 0 deletes.
 
@@ -741,10 +806,15 @@ class CheckpointManager:
           [0, 1, 2]
         """
         self._wait_until_done()
-        return list(self._in_first("prune", self._keeper.prune))
+        return list(self._in_first("prune", self._prune))
+
+    def _prune(self) -> list[int]:
+        for keeper in self._tiers[1:]:
+            keeper.prune()
+        return self._keeper.prune()
 
     def delete(self, step: int) -> None:
-        """Deletes a step, whatever the rules say.
+        """Deletes a step, whatever the rules say, in both tiers if there are two.
 
         Raises:
           NotFoundError: There is no such step.
@@ -753,9 +823,23 @@ class CheckpointManager:
         Collective: all processes of a group. Process 0 deletes.
         """
         self._wait_until_done()
-        self._in_first("delete from", functools.partial(self._keeper.delete, step))
-        self._keeper.note_deleted(step)
+        self._in_first("delete from", functools.partial(self._delete, step))
+        for keeper in self._tiers:
+            keeper.note_deleted(step)
         self._tell("deleted", step, f"deleted step {step}: asked for")
+
+    def _delete(self, step: int) -> None:
+        with contextlib.nullcontext() if self._uploader is None else self._uploader.without(step):
+            for keeper in self._that_have(step):
+                keeper.delete(step)
+
+    def _that_have(self, step: int) -> list[Keeper]:
+        """The tiers that have a step."""
+        step = checked_step(step)
+        having = [keeper for keeper in self._tiers if keeper.directory.fingerprint_of(step) is not None]
+        if not having:
+            self._keeper.require(step)
+        return having
 
     def pin(self, step: int) -> None:
         """Marks a step so that every manager keeps it, in later runs too.
@@ -765,14 +849,22 @@ class CheckpointManager:
 
         Collective: all processes of a group.
         """
-        self._in_first("pin in", functools.partial(self._keeper.pin, step))
+        self._in_first("pin in", functools.partial(self._pin, step))
 
     def unpin(self, step: int) -> None:
         """Takes the mark of `pin` away.
 
         Collective: all processes of a group.
         """
-        self._in_first("unpin in", functools.partial(self._keeper.unpin, step))
+        self._in_first("unpin in", functools.partial(self._unpin, step))
+
+    def _pin(self, step: int) -> None:
+        for keeper in self._that_have(step):
+            keeper.pin(step)
+
+    def _unpin(self, step: int) -> None:
+        for keeper in self._that_have(step):
+            keeper.unpin(step)
 
     def _in_first(self, doing: str, act: Callable[[], Any]) -> Any:
         """Calls something in the process that keeps the directory, while the others wait for its result."""
@@ -794,11 +886,11 @@ class CheckpointManager:
         Those that `restore` found damaged are left out, and one whose save failed at the very last sync: it is there,
         but may be gone when the machine fails.
         """
-        return self._keeper.steps()
+        return sorted({step for keeper in self._tiers for step in keeper.steps()})
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
-        return self._keeper.latest_step()
+        return max((step for keeper in self._tiers for step in keeper.steps()), default=None)
 
     def best_step(self, best: Best | None = None) -> int | None:
         """The best committed step by a metric; by default that of the first rule ``best=``.
@@ -810,8 +902,11 @@ class CheckpointManager:
             if not self._retention.best:
                 raise ValueError("the manager has no rule for the best step: pass best=jaxckpt.Best(...)")
             best = self._retention.best[0]
-        records = self._keeper.records()
-        return best_step([record.step for record in records], [record.metrics for record in records], best)
+        # Of a step that both tiers have, what the nearer one says counts.
+        metrics = {
+            record.step: record.metrics for keeper in reversed(self._tiers) for record in keeper.records()
+        }
+        return best_step([*metrics], [*metrics.values()], best)
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that were saved with a step.
@@ -827,7 +922,7 @@ class CheckpointManager:
         Raises:
           NotFoundError: There is no such step.
         """
-        return self._keeper.require(step).path
+        return self._reader.path_of(step)
 
     def open(self, step: int | None = None) -> Checkpoint:
         """Opens a step as `jaxckpt.open` does, by default the newest.
@@ -837,11 +932,11 @@ class CheckpointManager:
           FormatError: Its manifest is damaged, or needs a newer version.
         """
         if step is not None:
-            return open_checkpoint(self._keeper.require(step))
+            return self._reader.open(step)
         newest = self.latest_step()
         while newest is not None:
             try:
-                return open_checkpoint(self._directory.store_of(newest))
+                return self._reader.open(newest)
             except NotFoundError:
                 before, newest = newest, self.latest_step()
                 if newest == before:
@@ -862,7 +957,8 @@ class CheckpointManager:
 
         A save in flight is waited for. When the newest step proves damaged, that is logged, and the one before it is
         taken; the damaged one is left alone, counts no more, and may be saved anew. A step that was asked for is never
-        replaced by another.
+        replaced by another. With two tiers, a step that is damaged in the nearer one is read from the other, and what
+        comes from there is not copied back.
 
         Args:
           step: The step; None for the newest one that is whole.
@@ -940,12 +1036,13 @@ class CheckpointManager:
         """Training goes on from a step that is on storage."""
         self._unsaved = None
         self._schedule.note_resumed(step)
-        self._keeper.note_last(step)
+        for keeper in self._tiers:
+            keeper.note_last(step)
 
     def watch(
         self, *, timeout_s: float | None = None, poll_s: float = 1.0, after: int | None = None
     ) -> Iterator[int]:
-        """Yields the newest step and then each new one, for an evaluator in another process.
+        """Yields the newest step of the directory and then each new one, for an evaluator in another process.
 
         While the loop's body runs, the step is held: the process that saves does not delete it. (It is where the file
         system has locks, which local ones and NFS do.) Steps that were deleted before their turn are passed over.
@@ -1002,17 +1099,34 @@ class CheckpointManager:
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until nothing is in flight and old steps are deleted; in a group, those that this process deletes.
 
+        Uploads are waited for, too, in the process that uploads.
+
         Args:
-          timeout_s: Most seconds to wait for the save in flight; None waits for ever.
+          timeout_s: Most seconds to wait for the save in flight, and for uploads; None waits for ever.
 
         Raises:
-          TimeoutError: The save is not finished.
-          CheckpointError: A save failed since the last `wait`. The next one may have gone well.
+          TimeoutError: The save is not finished, or an upload.
+          CheckpointError: A save failed since the last `wait`. The next one may have gone well. Or an upload failed, and
+            no later one went well.
         """
+        began_s = time.monotonic()
         self._wait_until_idle(timeout_s)
+        if self._uploader is not None:
+            left_s = None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - began_s))
+            if not self._uploader.wait(left_s):
+                raise TimeoutError(
+                    f"uploads to {self._tiers[-1].directory.path!r} are not finished after {timeout_s} s"
+                )
+        self._raise_last(self._take_failures())
+
+    def _take_failures(self) -> list[PendingSave]:
+        """What failed and was not raised yet; the last one is to be raised."""
         with self._lock:
-            failures, self._failures = self._failures, []
-        self._raise_last(failures)
+            uploads = [] if self._failed_upload is None else [self._failed_upload[1]]
+            failures = [*uploads, *self._failures]
+            self._failures = []
+            self._failed_upload = None
+        return failures
 
     def close(self) -> None:
         """Saves the last step if it is not saved yet, waits, and ends the manager; again: nothing.
@@ -1020,7 +1134,7 @@ class CheckpointManager:
         To be called before the program ends: in an exit handler Python 3.12 starts no thread for another save.
 
         Raises:
-          CheckpointError: A save failed, and neither `wait` nor `PendingSave.wait` has raised that yet.
+          CheckpointError: A save failed, or an upload, and neither `wait` nor `PendingSave.wait` has raised that yet.
 
         Collective: all processes of a group.
         """
@@ -1030,9 +1144,7 @@ class CheckpointManager:
             self.save_last()
         finally:
             self._end()
-        with self._lock:
-            failures, self._failures = self._failures, []
-        self._raise_last([pending for pending in failures if pending.is_unseen()])
+        self._raise_last([pending for pending in self._take_failures() if pending.is_unseen()])
 
     def save_last(self) -> PendingSave | None:
         """Saves the step that `save` was called with last, if it is not saved; `close` does so too.
@@ -1066,6 +1178,10 @@ class CheckpointManager:
     def _end(self) -> None:
         try:
             self._wait_until_idle()
+            if self._uploader is not None:
+                self._uploader.finish(
+                    self._preemption.remaining_s() if self._preemption is not None else None
+                )
         finally:  # an interrupt, too
             self._is_closed = True
             if self._preemption is not None:
@@ -1146,6 +1262,12 @@ class CheckpointManager:
     def should_stop(self) -> bool:
         """Whether the end of the process is announced and its step was saved: the loop should leave."""
         return self._has_answered_preemption
+
+    def _tell_of_remote(
+        self, kind: str, step: int, message: str, *, error: BaseException | None = None
+    ) -> None:
+        """What the keeper of the second tier does."""
+        self._tell(f"upload {kind}", step, f"{message} (in {self._tiers[-1].directory.path})", error=error)
 
     def _tell(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import msgpack
@@ -117,6 +117,22 @@ class ChunkIndex:
             box_of_chunk(spec, manifest.chunk_index(leaf, first + int(at)))
             for at in np.flatnonzero(column != ABSENT)
         ]
+
+    def places(self) -> Iterator[ChunkPlace]:
+        """Where each chunk lies, but for those that other processes keep for themselves.
+
+        Raises:
+          CorruptError: A part that says so is damaged.
+        """
+        manifest = self.manifest
+        for leaf in range(len(manifest.keys)):
+            first, last = map(int, manifest.chunk_starts[leaf : leaf + 2])
+            column = (
+                manifest.owners[int(manifest.owner_index[leaf])] if manifest.owners and last > first else None
+            )
+            for chunk in range(first, last):
+                if column is None or column[chunk - first] != ABSENT:
+                    yield self.place(leaf, chunk)
 
     def _table(self, process: int) -> _Table:
         table = self._tables.get(process)

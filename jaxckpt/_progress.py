@@ -13,7 +13,7 @@ class Progress:
     """How far an operation is.
 
     Attributes:
-      phase: ``"snapshot"``, ``"write"``, ``"commit"``, ``"read"`` or ``"done"``.
+      phase: ``"snapshot"``, ``"write"``, ``"commit"``, ``"read"``, ``"upload"`` or ``"done"``.
       bytes_done: Bytes finished so far.
       bytes_total: Bytes to do in all.
       elapsed_s: Seconds since the operation began.

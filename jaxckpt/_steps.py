@@ -21,7 +21,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
 
 import xxhash
@@ -82,6 +82,7 @@ class StepDirectory:
         self._sweep_lock = threading.Lock()
         self._busy: str | None = None  # directory of the save that this process is writing
         self._littered: set[int] = set()
+        self._spared: frozenset[int] = frozenset()
 
     @property
     def path(self) -> str:
@@ -214,11 +215,17 @@ class StepDirectory:
         committed = [name for name in names if self.fingerprint(name) is not None]
         return all(self._store.delete_link(name) or retract(self._store.child(name)) for name in committed)
 
+    def spare(self, steps: Collection[int]) -> None:
+        """From here on `sweep` leaves these steps alone, because they will be gone on with."""
+        self._spared = frozenset(steps)
+
     def sweep(self) -> None:
         """Deletes what saves left that were never committed; what cannot be deleted does not keep the rest."""
         _call_all([functools.partial(self._sweep_uncommitted, name) for name in self._candidates()])
 
     def _sweep_uncommitted(self, name: str) -> None:
+        if int(name.removeprefix(self._prefix)) in self._spared:
+            return
         if self.fingerprint(name) is not None or self._store.is_link(name):
             return
         with self._sweep_lock:

@@ -45,6 +45,7 @@ PUBLIC = [
     "StoredProgram",
     "UnsupportedLeafError",
     "UntrustedProgramError",
+    "UploadOptions",
     "Verdict",
     "VerifyReport",
     "Vocabulary",
