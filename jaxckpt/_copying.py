@@ -26,7 +26,7 @@ import contextlib
 import dataclasses
 import errno
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import final
 
 import xxhash
@@ -63,11 +63,21 @@ class CopyReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Object:
-    """An object of a checkpoint, and for each of its blocks where it ends and its checksum."""
+    """An object of a checkpoint: with a checksum of its own, or with chunks, by their places in it."""
 
     name: str
     length: int
-    blocks: Sequence[tuple[int, bytes]]
+    checksum: bytes = b""
+    chunks: Sequence[ChunkPlace] = ()
+
+    def blocks(self) -> Iterator[tuple[int, bytes]]:
+        """Where each block ends, and its checksum; one follows the other."""
+        if not self.chunks:
+            yield self.length, self.checksum
+        for chunk in self.chunks:
+            for number, start in enumerate(range(0, chunk.length, BLOCK_BYTES)):
+                end = chunk.offset + min(start + BLOCK_BYTES, chunk.length)
+                yield end, chunk.table.checksum(chunk.row, number)
 
 
 def copy_checkpoint(
@@ -154,27 +164,15 @@ def _list_objects(checkpoint: Checkpoint) -> list[_Object]:
     """All objects that the manifest names, but for itself."""
     manifest = checkpoint.manifest
     objects = [
-        _Object(entry.name, entry.length, [(entry.length, entry.checksum)])
-        for entry in (*manifest.objects, *manifest.parts)
+        _Object(entry.name, entry.length, entry.checksum) for entry in (*manifest.objects, *manifest.parts)
     ]
     places: dict[str, list[ChunkPlace]] = {}
     for place in checkpoint.index.places():
         places.setdefault(place.object, []).append(place)
     for name, inside in places.items():
         inside.sort(key=lambda place: place.offset)
-        blocks = [block for place in inside for block in _blocks_of(place)]
-        objects.append(_Object(name, inside[0].object_length, blocks))
+        objects.append(_Object(name, inside[0].object_length, chunks=inside))
     return objects
-
-
-def _blocks_of(place: ChunkPlace) -> list[tuple[int, bytes]]:
-    """Where each block of a chunk ends in its object, and its checksum."""
-    first, end = place.offset, place.offset + place.length
-    count = -(-place.length // BLOCK_BYTES)
-    return [
-        (min(first + (number + 1) * BLOCK_BYTES, end), place.table.checksum(place.row, number))
-        for number in range(count)
-    ]
 
 
 @final
@@ -299,7 +297,7 @@ class _Crew:
         self._require_length(entry)
         with _source_errors(self._source, entry):
             data = self._source.read(entry.name, entry.length)
-        if len(data) != entry.length or xxhash.xxh3_128_digest(data) != entry.blocks[0][1]:
+        if len(data) != entry.length or xxhash.xxh3_128_digest(data) != entry.checksum:
             raise _damage(self._source, entry, "checksum", "its checksum differs")
         with _target_errors(self._target):
             is_there = self._target.exists(entry.name) and self._target.read(entry.name, len(data)) == data
@@ -330,23 +328,23 @@ class _Verifier:
     def __init__(self, source: Store, entry: _Object) -> None:
         self._source = source
         self._entry = entry
-        self._number = 0  # of the block that the next byte belongs to
+        self._blocks = entry.blocks()
+        self._end, self._checksum = next(self._blocks)  # of the block that the next byte belongs to
         self._hasher = xxhash.xxh3_128()
 
     def add(self, offset: int, piece: Buffer) -> None:
         """Takes the next bytes; raises `CorruptError` when a block is not what was written."""
         start = 0
         while start < len(piece):
-            end, checksum = self._entry.blocks[self._number]
-            stop = min(end - offset, len(piece))
+            stop = min(self._end - offset, len(piece))
             self._hasher.update(piece[start:stop])
             start = stop
-            if offset + stop == end:
-                if self._hasher.digest() != checksum:
-                    what = f"the checksum of the block that ends at byte {end} differs"
+            if offset + stop == self._end:
+                if self._hasher.digest() != self._checksum:
+                    what = f"the checksum of the block that ends at byte {self._end} differs"
                     raise _damage(self._source, self._entry, "checksum", what)
                 self._hasher.reset()
-                self._number += 1
+                self._end, self._checksum = next(self._blocks, (self._entry.length, b""))
 
 
 def _damage(source: Store, entry: _Object, kind: str, what: str) -> CorruptError:

@@ -56,7 +56,7 @@ from ._manifest import MANIFEST_NAME, local_directory
 from ._pending import PendingSave, chain_of
 from ._preemption import Preemption
 from ._processes import current_group
-from ._reading import Checkpoint, open_checkpoint
+from ._reading import Checkpoint
 from ._resuming import StepReader
 from ._retention import Best, Retention, Verdict, best_step
 from ._saving import CheckpointInfo, SaveContext, SaveJob, write_error
@@ -166,10 +166,10 @@ class CheckpointManager:
 
     Two tiers. With ``upload_to=`` steps are committed to ``directory``, which may be fast and mortal (a local disk,
     ``/dev/shm``), and committed steps are uploaded in the background; an upload is a whole checkpoint under the same
-    name. What is read (`restore`, `resume`, `steps`, `open`, ...) is what either tier has; a step that both have is read
-    from the directory, and from the second tier if it is damaged there. The first call of `save` begins to upload what
-    an earlier run left. `wait`, `close` and the end of the program wait for uploads; after a preemption `close` does so
-    only as long as the grace lasts. A process that is killed meanwhile harms nothing.
+    name. What is read (`restore`, `resume`, `steps`, `open`, ...) is what either tier has; a step that both have is
+    read from the directory, and from the second tier if it is damaged there. The first call of `save` begins to upload
+    what an earlier run left. `wait`, `close` and the end of the program wait for uploads; after a preemption `close`
+    does so only as long as the grace lasts. A process that is killed meanwhile harms nothing.
 
     Args:
       directory: Directory (or ``s3://``, ``gs://``, ``memory://`` URL). In a group of processes it is one for all, or
@@ -252,13 +252,9 @@ class CheckpointManager:
     ) -> None:
         if if_busy not in ("wait", "skip"):
             raise ValueError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}")
-        if upload is not None and upload_to is None:
-            raise ValueError("upload= says how to upload, but there is no upload_to=")
         self._options = options or SaveOptions()
         store = open_store(directory)
-        remote_store = None if upload_to is None else open_store(upload_to)
-        if remote_store is not None and remote_store.path == store.path:
-            raise ValueError(f"upload_to= must be another place than the directory, {store.path!r}")
+        remote_store = _open_second_tier(store, upload_to, upload)
         group = current_group()
         self._is_local = local and group is not None
         if self._is_local and group is not None:
@@ -297,15 +293,7 @@ class CheckpointManager:
         self._tiers = [self._keeper]
         self._uploader: Uploader | None = None
         if remote_store is not None:
-            upload = upload or UploadOptions()
-            remote = Keeper(
-                StepDirectory(remote_store, prefix, width), upload.retention(), wall_s, self._tell_of_remote
-            )
-            self._tiers.append(remote)
-            if self._is_keeping:
-                self._uploader = Uploader(
-                    self._keeper, remote, upload, self._tell, self._on_upload_end, wall_s
-                )
+            self._add_tier(StepDirectory(remote_store, prefix, width), upload or UploadOptions(), wall_s)
         self._reader = StepReader(self._tiers, self._leader, self._tell, is_local=self._is_local)
         self._bar = ProgressBar(sys.stderr) if progress and is_first else None
         self._monotonic_s = monotonic_s
@@ -335,6 +323,12 @@ class CheckpointManager:
         self._preemption: Preemption | None = None
         if preemption is not None:
             self.use_preemption(preemption)
+
+    def _add_tier(self, directory: StepDirectory, upload: UploadOptions, wall_s: Callable[[], float]) -> None:
+        remote = Keeper(directory, upload.retention(), wall_s, self._tell_of_remote)
+        self._tiers.append(remote)
+        if self._is_keeping:
+            self._uploader = Uploader(self._keeper, remote, upload, self._tell, self._on_upload_end, wall_s)
 
     # --- saving -----------------------------------------------------------------------------------------------
 
@@ -794,7 +788,7 @@ class CheckpointManager:
 
         Returns:
           The steps that were deleted. Those that somebody reads, the one that training goes on from, and those that
-          still have to be uploaded stay. A second tier is pruned by its own rules, too, and what went there is not told.
+          still have to be uploaded stay. A second tier is pruned by its own rules; what is deleted there is not told.
 
         Collective: all processes of a group. Process 0 deletes.
 
@@ -1106,8 +1100,8 @@ class CheckpointManager:
 
         Raises:
           TimeoutError: The save is not finished, or an upload.
-          CheckpointError: A save failed since the last `wait`. The next one may have gone well. Or an upload failed, and
-            no later one went well.
+          CheckpointError: A save failed since the last `wait`. The next one may have gone well. Or an upload failed,
+            and no later one went well.
         """
         began_s = time.monotonic()
         self._wait_until_idle(timeout_s)
@@ -1285,6 +1279,19 @@ class CheckpointManager:
             self._on_event(CheckpointEvent(kind, step, message, info, error))
         except Exception:
             _log.exception("on_event failed for %r of step %d", kind, step)
+
+
+def _open_second_tier(
+    directory: Store, upload_to: str | os.PathLike[str] | Store | None, upload: UploadOptions | None
+) -> Store | None:
+    if upload_to is None:
+        if upload is not None:
+            raise ValueError("upload= says how to upload, but there is no upload_to=")
+        return None
+    store = open_store(upload_to)
+    if store.path == directory.path:
+        raise ValueError(f"upload_to= must be another place than the directory, {directory.path!r}")
+    return store
 
 
 def _is_of_the_caller(error: BaseException) -> bool:

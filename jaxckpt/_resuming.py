@@ -8,8 +8,8 @@ this is remembered, said, and the one before it is taken:
     3. restore   as `jaxckpt.restore` does
     4. agree     in a group: that all of them have all of it
 
-With a second tier (`_uploading`) a step may be in several places. Each is tried, the nearest first, before an older step
-is.
+With a second tier (`_uploading`) a step may be in two places. Both are tried, the nearer one first, before an older
+step is.
 
 Whatever fails in one process of a group fails in all, with the same class of error, so that all fall back to the same
 step of the same tier. 4 is needed although a restore onto arrays that span processes agrees for itself: with ``like``
@@ -158,7 +158,8 @@ class StepReader:
                     _log.error(
                         "%s is damaged, the next tier is tried: %s", self._name_of(step, keeper), error
                     )
-        raise next((each for each in failures if not isinstance(each, NotFoundError)), failures[0])
+        damage = next((each for each in failures if not isinstance(each, NotFoundError)), None)
+        raise damage or NotFoundError("\n".join(map(str, failures))) from failures[0].__cause__
 
     def _read_from(self, keeper: Keeper, step: int, like: Any, keywords: dict[str, Any]) -> Any:
         if self._leader is None:

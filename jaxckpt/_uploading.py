@@ -1,8 +1,8 @@
 """How do committed steps get from fast local storage to a second tier that outlives the machine?
 
-A manager with ``upload_to=`` commits to its directory, and training goes on. An `Uploader` brings committed steps to the
-second tier, in the background, one after the other (`_copying`). What is still to be uploaded is kept nowhere: it
-follows from the two directories, so that a manager that comes after a crash goes on where the last one was.
+A manager with ``upload_to=`` commits to its directory, and training goes on. An `Uploader` brings committed steps to
+the second tier, in the background, one after the other (`_copying`). What is still to be uploaded is written down
+nowhere: it follows from the two directories, so that a manager that comes after a crash goes on where the last one was.
 
     1. look       which steps both tiers have
     2. choose     of those that the second tier lacks, is to get, and would keep, the newest: it protects most
@@ -180,15 +180,12 @@ class Uploader:
 
     def is_there(self, step: int) -> bool:
         """Whether the second tier has a step, as far as is known; looks there if nobody has."""
-        if self._there is None and not self._has_looked:
-            try:
-                self._look()
-            except (CheckpointError, OSError) as error:
-                _log.warning("cannot look for steps in %r: %s", self._remote.directory.path, error)
+        self._look_once()
         return step in (self._there or {}) and not self._remote.is_damaged(step)
 
     def hold_back(self, doomed: Sequence[int]) -> set[int]:
         """Of steps that the local rules do not keep, those that stay until they are uploaded."""
+        self._look_once()
         wanted = [step for step in self._wanted() if step in doomed]
         held_back = wanted[: self._options.waiting_max]
         for step in wanted[self._options.waiting_max :]:
@@ -304,6 +301,14 @@ class Uploader:
         self._on_end(step, _failure_of(step, place, error))
         return not is_listing
 
+    def _look_once(self) -> None:
+        """Looks unless somebody has; what cannot be found out counts as not there."""
+        if self._there is None and not self._has_looked:
+            try:
+                self._look()
+            except (CheckpointError, OSError) as error:
+                _log.warning("cannot look for steps in %r: %s", self._remote.directory.path, error)
+
     def _look(self) -> None:
         """Finds out what the second tier holds."""
         self._has_looked = True
@@ -388,6 +393,7 @@ class Uploader:
         size = format_bytes(report.bytes_sent)
         again = f", {report.objects_there} were there" if report.objects_there else ""
         message = f"uploaded step {step} in {seconds:.3f} s: {size} in {report.objects_sent} objects{again}"
+        _log.info("%s", message)
         self._tell("uploaded", step, message)
         self._on_end(step, None)
         self._remote.directory.spare(self._local.steps())
