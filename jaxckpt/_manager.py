@@ -739,7 +739,8 @@ class CheckpointManager:
         if failure is None:
             with self._lock:
                 if self._failed_upload is not None and self._failed_upload[0] <= step:
-                    self._failed_upload[1].mark_seen()  # made up for
+                    self._failed_upload[1].mark_seen()  # made up for: the program's exit status stays
+                if self._failed_upload is not None and self._failed_upload[0] == step:
                     self._failed_upload = None
             return
         pending = PendingSave(self._tiers[-1].directory.path)
@@ -1100,8 +1101,8 @@ class CheckpointManager:
 
         Raises:
           TimeoutError: The save is not finished, or an upload.
-          CheckpointError: A save failed since the last `wait`. The next one may have gone well. Or an upload failed,
-            and no later one went well.
+          CheckpointError: A save failed since the last `wait`. The next one may have gone well. Or the upload of a step
+            failed, which is not uploaded yet.
         """
         began_s = time.monotonic()
         self._wait_until_idle(timeout_s)
