@@ -108,6 +108,21 @@ class UploadOptions:
         )
 
 
+@dataclasses.dataclass(slots=True)
+class _Round:
+    """What happened since the thread was woken.
+
+    Attributes:
+      closed: Steps that were uploaded, or given up for now.
+      failures: How often each failed.
+      is_patient: Whether a step is tried again. When one was given up, each of the others has a single attempt.
+    """
+
+    closed: set[int] = dataclasses.field(default_factory=set[int])
+    failures: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter[int])
+    is_patient: bool = True
+
+
 @final
 class Uploader:
     """Uploads the committed steps of a manager. Several threads may use it."""
@@ -257,47 +272,44 @@ class Uploader:
             return is_called
 
     def _upload_all(self) -> None:
-        """Uploads what is wanted, until nothing is left that has not been given up."""
-        failures: collections.Counter[int] = collections.Counter()
+        """One round: tries every step that is wanted, the newest first."""
+        so_far = _Round()
         while not self._stop.is_set():
             step: int | None = None
             try:
                 self._look()
-                step = self._next(failures)
+                step = self._next(so_far)
                 if step is None:
                     return
                 self._upload(step)
+                so_far.closed.add(step)  # who replaces it meanwhile wakes this thread again
             except (CheckpointError, OSError) as error:
-                if not self._note_failure(step, error, failures):
+                if not self._note_failure(step, error, so_far):
                     return
 
-    def _next(self, failures: collections.Counter[int]) -> int | None:
-        """The newest step that is wanted and not given up."""
-        attempts = self._options.attempts
-        return next((step for step in self._wanted() if failures[step] < attempts), None)
+    def _next(self, so_far: _Round) -> int | None:
+        """The newest step that is wanted and still open in this round."""
+        return next((step for step in self._wanted() if step not in so_far.closed), None)
 
-    def _note_failure(
-        self, step: int | None, error: CheckpointError | OSError, failures: collections.Counter[int]
-    ) -> bool:
-        """Says that an upload failed, and waits before the next attempt; False when there is none."""
+    def _note_failure(self, step: int | None, error: CheckpointError | OSError, so_far: _Round) -> bool:
+        """Says that an upload failed, and waits before the next attempt; False when the round is over."""
         place = self._remote.directory.path
         is_listing = step is None
         if step is None:
-            step = self._next(failures)
+            step = self._next(so_far)
             if step is None:
                 _log.warning("cannot look for steps in %r: %s", place, error)
                 return False
-        failures[step] += 1
-        count = failures[step]
+        so_far.failures[step] += 1
+        count = so_far.failures[step]
         is_damaged = isinstance(error, (CorruptError, FormatError))
-        # When one has used up its attempts, every other one has a single one: a dead network is no reason to stay.
-        is_patient = max(failures.values()) < self._options.attempts
-        if not is_damaged and count < self._options.attempts and is_patient:
+        if so_far.is_patient and not is_damaged and count < self._options.attempts:
             pause_s = min(_PAUSE_S * 2 ** (count - 1), _PAUSE_MAX_S)
             _log.warning("step %d is not uploaded yet, and tried again in %g s: %s", step, pause_s, error)
             self._pause(pause_s)
             return True
-        failures[step] = self._options.attempts
+        so_far.is_patient &= is_damaged
+        so_far.closed.add(step)
         self._on_end(step, _failure_of(step, place, error))
         return not is_listing
 
