@@ -182,8 +182,14 @@ class Store(abc.ABC):
         """First parts of the names of all objects and directories, in order; none when nothing is there."""
 
     def names_below(self) -> dict[str, list[str]]:
-        """Of each of `names`, what the store of that name has as its own `names`; none of an object."""
-        return {name: self.child(name).names() for name in self.names()}
+        """Of each of `names`, what the store of that name has as its own `names`; none where there cannot be any."""
+        below: dict[str, list[str]] = {}
+        for name in self.names():
+            try:
+                below[name] = self.child(name).names()
+            except OSError:  # of a directory of somebody else
+                below[name] = []
+        return below
 
     def fingerprints(self, name: str, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
         """The `fingerprint` of the object of a name in each child.
