@@ -411,7 +411,10 @@ class BucketStore(Store):
         except ValueError as error:
             code = re.match("[A-Z_]+(?=: )", str(error))
             number = _ERRNO_OF_CODE.get(code[0] if code else "", errno.ECONNABORTED)
-            raise OSError(number, _first_line(str(error)), self._name_of(name)) from error
+            reason = _first_line(str(error))
+            if number == errno.ENXIO:  # of an object that is missing TensorStore says so without an error
+                reason = f"there is no such bucket ({reason})"
+            raise OSError(number, reason, self._name_of(name)) from error
         except TimeoutError as error:
             what = "there was no answer in time (timeout_s= in the URL says how long that is)"
             raise OSError(errno.ETIMEDOUT, what, self._name_of(name)) from error

@@ -20,7 +20,7 @@ import numpy as np
 from ._config import SPLIT_BYTES_MIN
 from ._errors import Problem, UnsupportedLeafError, list_problems
 from ._garbage import collection_paused
-from ._layout import LeafExtent, Share, WritePlan, is_divisible, plan_writes, present_chunks
+from ._layout import PACK_BYTES, LeafExtent, Share, WritePlan, is_divisible, plan_writes, present_chunks
 from ._leaves import Kinds
 from ._manifest import LeafSpec
 from ._ownership import share_writes
@@ -134,7 +134,7 @@ def plan_save(
     *,
     chunk_bytes_max: int,
     pack_bytes_max: int,
-    pack_object_bytes: int,
+    pack_object_bytes: int = PACK_BYTES,
     piece_bytes: int,
     group: tuple[int, int] | None,
 ) -> SavePlan:

@@ -227,14 +227,16 @@ class SaveJob:
             host_bytes_max = min(host_bytes_max, _BLOCKING_BYTES_MAX)
             staging = "direct"
         self._chunk_bytes_max = options.chunk_bytes_max
+        object_bytes_max = PACK_BYTES
         if self.store.is_remote:
             host_bytes_max = max(host_bytes_max // 2, HOST_BYTES_MIN)
-            self._chunk_bytes_max = _remote_chunk_bytes(options, 1 if group is None else group.count)
-        piece_bytes = piece_bytes_for(host_bytes_max)
+            object_bytes_max = _remote_object_bytes(options, 1 if group is None else group.count)
+            self._chunk_bytes_max = min(options.chunk_bytes_max, object_bytes_max)
+        piece_bytes = min(piece_bytes_for(host_bytes_max), object_bytes_max)
         self._pack_bytes_max = options.pack_bytes_max
         if group is not None:
             # Which chunks are packed must not depend on how many processes share this machine.
-            least = least_piece_bytes(options.host_bytes_max, group.count)
+            least = min(least_piece_bytes(options.host_bytes_max, group.count), object_bytes_max)
             piece_bytes = max(piece_bytes, least)
             self._pack_bytes_max = min(options.pack_bytes_max, least - PIECE_ALIGNMENT)
         is_shared = self._together is not None and not self._together.is_local
@@ -243,7 +245,7 @@ class SaveJob:
             leaves.kinds,
             chunk_bytes_max=self._chunk_bytes_max,
             pack_bytes_max=self._pack_bytes_max,
-            pack_object_bytes=min(PACK_BYTES, self._chunk_bytes_max) if self.store.is_remote else PACK_BYTES,
+            pack_object_bytes=object_bytes_max,
             piece_bytes=piece_bytes,
             group=(group.index, group.count) if is_shared and group is not None else None,
         )
@@ -676,16 +678,16 @@ def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _remote_chunk_bytes(options: SaveOptions, process_count: int) -> int:
-    """Most bytes of a chunk on an object store, where half of the memory is for objects that grow or are sent.
+def _remote_object_bytes(options: SaveOptions, process_count: int) -> int:
+    """Most bytes of a chunk or pack on an object store, where half of the memory is for objects that grow or are sent.
 
     Each of them takes up to twice its size. All processes of a group must come to the same.
     """
     if options.host_bytes_max is None and process_count > 1:
-        return options.chunk_bytes_max
+        return PACK_BYTES
     room = resolve_host_bytes_max(options.host_bytes_max, process_count) // 2
     in_memory = 2 * (options.io_threads + GROWING_OBJECTS)
-    return min(options.chunk_bytes_max, max(room // in_memory, BLOCK_BYTES))
+    return min(PACK_BYTES, max(room // in_memory // BLOCK_BYTES, 1) * BLOCK_BYTES)
 
 
 def _is_same_data(a: Any, b: Any) -> bool:
