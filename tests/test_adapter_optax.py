@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -48,12 +49,17 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 
 def train(optimizer: Any, params: Any, state: Any, steps: int) -> tuple[Any, Any]:
-    optimizer = optax.with_extra_args_support(optimizer)
     for _ in range(steps):
-        gradients = jax.tree.map(lambda leaf: leaf * 0.5 + 1, params)
-        updates, state = optimizer.update(gradients, state, params, value=jnp.float32(1.0))
-        params = optax.apply_updates(params, updates)
+        params, state = next_of(optimizer, params, state)
     return params, state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def next_of(optimizer: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    gradients = jax.tree.map(lambda leaf: leaf * 0.5 + 1, params)
+    update = optax.with_extra_args_support(optimizer).update
+    updates, state = update(gradients, state, params, value=jnp.float32(1.0))
+    return optax.apply_updates(params, updates), state
 
 
 @pytest.mark.slow
@@ -70,7 +76,7 @@ def test_the_example(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
 def test_a_state_comes_back_from_an_abstract_one_and_goes_on(path: pathlib.Path, name: str) -> None:
     optimizer = OPTIMIZERS[name]()
     params = make_params()
-    params, state = train(optimizer, params, optimizer.init(params), 2)
+    params, state = train(optimizer, params, jax.jit(optimizer.init)(params), 2)
     jaxckpt.save(path, state)
     restored = jaxckpt.restore(path, jax.eval_shape(optimizer.init, params))
     assert_same_tree(restored, state)

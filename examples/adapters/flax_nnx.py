@@ -66,7 +66,7 @@ def main(directory: pathlib.Path) -> None:
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("model",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
-        training = make()
+        training = nnx.jit(make)()
         for _ in range(3):
             train_step(training)
         jaxckpt.save(directory / "step_3", nnx.state(training))
