@@ -104,7 +104,9 @@ def test_what_the_keys_are(path: pathlib.Path) -> None:
     jaxckpt.save(path, nnx.state(make()))
     checkpoint = jaxckpt.open(path)
     keys = checkpoint.keys()
-    assert [key for key in keys if key.startswith("model/") and "embedding" in key] == ["model/embed/embedding/value"]
+    assert [key for key in keys if key.startswith("model/") and "embedding" in key] == [
+        "model/embed/embedding/value"
+    ]
     assert checkpoint["model/blocks/dense/kernel/value"].shape == (3, 8, 8)
     assert str(checkpoint["model/blocks/dense/kernel/value"].dtype) == "bfloat16"
     assert [key for key in keys if "/mu/" in key] == [
@@ -129,7 +131,9 @@ def test_arrays_go_to_the_shardings_that_the_abstract_model_has_on_another_mesh(
 
     mesh = make_mesh({"model": 2}, first_device=8)
     with jax.set_mesh(mesh):
-        like = nnx.state(nnx.eval_shape(make)) if way == "eval_shape" else nnx.get_abstract_model(make, mesh)[1]
+        like = (
+            nnx.state(nnx.eval_shape(make)) if way == "eval_shape" else nnx.get_abstract_model(make, mesh)[1]
+        )
         restored = jaxckpt.restore(path, like)
     assert_same_tree(jax.tree.leaves(restored), jax.tree.leaves(state))
     for variables in (restored["model"], restored["optimizer"]["opt_state"][0]["mu"]):
@@ -139,7 +143,9 @@ def test_arrays_go_to_the_shardings_that_the_abstract_model_has_on_another_mesh(
 
 
 def test_a_state_fits_one_of_plain_dicts_and_the_other_way_round(tmp_path: pathlib.Path) -> None:
-    graph, state = nnx.split(nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))]))
+    graph, state = nnx.split(
+        nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))])
+    )
     pure = nnx.to_pure_dict(state)
     jaxckpt.save(tmp_path / "state", state)
     jaxckpt.save(tmp_path / "pure", pure)

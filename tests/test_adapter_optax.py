@@ -26,7 +26,12 @@ LABELS = {"dense": {"kernel": "adam", "bias": "sgd"}, "scale": "none"}
 # What tests/test_trees.py does not have.
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "parts_of_which_one_is_empty": lambda: optax.transforms.partition(
-        {"adam": optax.adam(1e-2), "sgd": optax.sgd(0.1), "none": optax.set_to_zero(), "empty": optax.lion(1.0)},
+        {
+            "adam": optax.adam(1e-2),
+            "sgd": optax.sgd(0.1),
+            "none": optax.set_to_zero(),
+            "empty": optax.lion(1.0),
+        },
         LABELS,
     ),
     "masks_in_masks": lambda: optax.chain(
@@ -39,7 +44,9 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "accumulated_hyperparameters": lambda: optax.MultiSteps(
         optax.inject_hyperparams(optax.adam)(learning_rate=0.1), 3, use_grad_mean=True
     ).gradient_transformation(),
-    "names": lambda: optax.named_chain(("clip/~", optax.clip(1.0)), ("0", optax.adam(1e-2)), ("", optax.ema(0.9))),
+    "names": lambda: optax.named_chain(
+        ("clip/~", optax.clip(1.0)), ("0", optax.adam(1e-2)), ("", optax.ema(0.9))
+    ),
     "narrow_moments": lambda: optax.adam(1e-2, mu_dtype=jnp.bfloat16),
     "free_of_schedules": lambda: optax.contrib.schedule_free_adamw(1e-2),
     "muon": lambda: optax.contrib.muon(1e-2),

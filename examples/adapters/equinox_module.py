@@ -7,8 +7,8 @@
 * `equinox.filter_eval_shape` makes the model without memory for it. What it gives in the place of arrays is `like`, and
   the rest (functions, Python numbers) is real.
 * The state of `BatchNorm` and other stateful layers is a tree of its own, `equinox.nn.State`. Its leaves have numbers
-  in the order of the layers, not their names. Where another such layer came in front of them since, say with ``rename=``
-  which number is which (``{"state/0": "state/2", "state/1": "state/3"}``): shapes that fit would hide a mistake.
+  in the order of the layers, not their names. Where another such layer came in front of them since, ``rename=``
+  says which number is which (``{"state/0": "state/2", "state/1": "state/3"}``): shapes that fit would hide a mistake.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def main(directory: pathlib.Path) -> None:
     jaxckpt.save(directory / "unbroken", eqx.filter(training, eqx.is_array))
     jaxckpt.save(directory / "restored", eqx.filter(again, eqx.is_array))
 
-    saved = jaxckpt.open(directory / "step_3")
-    print("statistics:", [key for key in saved.keys() if key.startswith("state/")])
+    keys = jaxckpt.open(directory / "step_3").keys()
+    print("statistics:", [key for key in keys if key.startswith("state/")])
     report = jaxckpt.diff(directory / "unbroken", directory / "restored")
     print(report)
     if not report.same:

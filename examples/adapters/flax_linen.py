@@ -37,9 +37,7 @@ class Regressor(linen.Module):
     @linen.compact
     def __call__(self, inputs: jax.Array, *, is_training: bool) -> jax.Array:
         """The predictions for a batch."""
-        columns = linen.with_logical_partitioning(
-            linen.initializers.lecun_normal(), ("inputs", "hidden")
-        )
+        columns = linen.with_logical_partitioning(linen.initializers.lecun_normal(), ("inputs", "hidden"))
         hidden = linen.Dense(32, kernel_init=columns, name="hidden")(inputs)
         hidden = linen.BatchNorm(use_running_average=not is_training, name="norm")(hidden)
         hidden = linen.Dropout(0.2, deterministic=not is_training)(linen.relu(hidden))

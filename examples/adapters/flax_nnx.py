@@ -1,4 +1,4 @@
-"""How does a Flax NNX model become a tree, and come back on a mesh without being made twice?
+r"""How does a Flax NNX model become a tree, and come back on a mesh without being made twice?
 
     python examples/adapters/flax_nnx.py DIRECTORY
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/adapters/flax_nnx.py DIRECTORY
@@ -7,7 +7,7 @@
   holds the parameters, the statistics, the streams of random numbers (typed keys and their counts) and, split together
   with the model, the optimizer. A variable that has two places in the model is in the state once. The model itself is
   a tree, too, but one in which a shared variable comes back as two.
-* The key of a variable ends in ``/value``. ``rename=[(r"(.*)/value", r"\\1")]`` drops that.
+* The key of a variable ends in ``/value``. ``rename=[(r"(.*)/value", r"\1")]`` drops that.
 * `nnx.eval_shape` makes the model without memory for it, and knows the shardings: `like` for `jaxckpt.restore`, so that
   each array goes straight to its devices. Another mesh may be set than the one that was saved on.
 """
