@@ -4,8 +4,8 @@
 
 * An iterator of Grain has `get_state` and `set_state`, and so is an item: ``items={"data": iterator}`` commits with the
   tree where it is at this moment, and the same argument of `jaxckpt.restore` puts another iterator there; so do the
-  methods of a `CheckpointManager`. What was fetched ahead, in threads or in processes (`mp_prefetch`), but not yet given
-  out comes again.
+  methods of a `CheckpointManager`. What was fetched ahead, in threads or in processes (`mp_prefetch`), but not given
+  out yet comes again.
 * Shuffling and random transformations depend on the seed and the position, so that the position is the whole state.
   The pipeline has to be the same code with the same seed.
 * A `DataLoader` compares the ``repr`` of its source with that of the saved one: give the source one without an address.
