@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, TextIO, final
 
 import numpy as np
@@ -49,7 +49,8 @@ from ._progress import Progress, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._retention import Best, Verdict
 from ._saving import library_versions
-from ._storage import local_path
+from ._storage import Store, local_path
+from ._store import open_store
 from ._terminal import ProgressBar
 
 OK = 0
@@ -70,9 +71,9 @@ exit codes:
   130  interrupted
   141  the reader of the output went away
 
-Paths are directories or URLs (s3://, gs://); ls takes directories only. Results go to stdout, errors and the
-progress bar to stderr. With --json the result is one JSON document, in which NaN and the infinities are strings,
-complex numbers [real, imaginary], and bytes and raw elements hexadecimal strings.
+Paths are directories or URLs (s3://, gs://), behind which ?endpoint=...&aws_region=... says how they are reached.
+Results go to stdout, errors and the progress bar to stderr. With --json the result is one JSON document, in which NaN
+and the infinities are strings, complex numbers [real, imaginary], and bytes and raw elements hexadecimal strings.
 """
 
 _CAT_HELP = """\
@@ -354,15 +355,11 @@ class _Output:
 
 def _ls(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -> int:
     del bar
-    directory = local_path(arguments.directory)
-    if "://" in directory:
-        raise _UsageError(
-            f"ls takes directories, not {directory!r}; info, tree, cat, verify and diff take URLs"
-        )
-    found = sorted(
-        _checkpoints_in(directory), key=lambda entry: (_step_of(entry["name"]) or 0, entry["name"])
-    )
-    text = _table_of(found) if found else f"no checkpoints in {printable(directory)}"
+    store = open_store(arguments.directory)
+    if not store.is_remote:
+        os.stat(store.path)  # what is not there holds no checkpoints either, and is a mistake
+    found = sorted(_checkpoints_in(store), key=lambda entry: (_step_of(entry["name"]) or 0, entry["name"]))
+    text = _table_of(found) if found else f"no checkpoints in {printable(arguments.directory)}"
     output.say(text, found)
     unreadable = [entry for entry in found if entry["state"] == "unreadable"]
     for entry in unreadable:
@@ -392,36 +389,23 @@ def _table_of(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _checkpoints_in(directory: str) -> Iterator[dict[str, Any]]:
+def _checkpoints_in(store: Store) -> Iterator[dict[str, Any]]:
     """What `ls` says of each checkpoint, finished or not, directly in a directory; or of the directory itself."""
-    if os.path.lexists(os.path.join(directory, MANIFEST_NAME)):
-        yield _entry(os.path.basename(os.path.abspath(directory)), directory)
+    below = store.names_below()
+    if MANIFEST_NAME in below:
+        yield _entry(store, list(below))
         return
-    with os.scandir(directory) as entries:
-        children = [entry for entry in entries if entry.is_dir()]
-    for child in children:
-        state = _state_of(child.path)
-        if state is not None:
-            yield _entry(child.name, child.path)
+    for child, names in below.items():
+        # A save that was not finished has begun with its data.
+        if MANIFEST_NAME in names or any(name.startswith("data-") for name in names):
+            yield _entry(store.child(child), names)
 
 
-def _state_of(path: str) -> str | None:
-    """``"committed"``, ``"uncommitted"`` or None when the directory is no checkpoint at all."""
+def _entry(store: Store, names: Collection[str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": store.name, "step": _step_of(store.name), "bytes": None, "date": None}
+    entry |= {"state": "uncommitted", "pinned": PIN_NAME in names, "metrics": {}}
     try:
-        names = os.listdir(path)
-    except OSError:
-        return None
-    if MANIFEST_NAME in names:
-        return "committed"
-    is_attempt = any(name.startswith("data-") and os.path.isdir(os.path.join(path, name)) for name in names)
-    return "uncommitted" if is_attempt else None
-
-
-def _entry(name: str, path: str) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": name, "step": _step_of(name), "bytes": None, "date": None}
-    entry |= {"state": "uncommitted", "pinned": os.path.isfile(os.path.join(path, PIN_NAME)), "metrics": {}}
-    try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(store)
     except NotFoundError:
         return entry
     except CheckpointError as error:

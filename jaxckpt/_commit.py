@@ -25,12 +25,16 @@ their writer may be alive; the manager, which owns its directory, sweeps them: a
 (`Hold`), and one whose directory was swept all the same fails in 4, where that directory must be there. Only if there
 are no locks and the sweep was cut off may such a writer commit what is not whole; restoring it finds what is missing.
 
+On object stores 5 is one request, the manifest's PUT. One that was not answered may still be carried out, so that an
+attempt whose commit failed leaves its data to the next sweep: what that manifest names is there if it comes.
+
 Deliberately not here: which objects there are (`_layout`), and what the manifest says (`_manifest`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import secrets
 import threading
@@ -109,6 +113,7 @@ class Attempt:
         """
         data = encode_manifest(manifest)
         self.store.sync()
+        self._require_data()
         with _commit_lock:
             self._replaced = self._look_for_replaced()
             self._is_publishing = True
@@ -117,6 +122,13 @@ class Attempt:
         if not keeps_replaced:
             self.forget_replaced()
         return len(data)
+
+    def _require_data(self) -> None:
+        """Finds out that somebody swept what this attempt wrote; on file systems `Store.sync` does."""
+        first = f"{self.data}/{METADATA_NAME}"
+        if self.store.is_remote and not self.store.exists(first):
+            what = "somebody deleted what this save wrote; is another manager at work there?"
+            raise FileNotFoundError(errno.ENOENT, what, f"{self.store.path}/{first}")
 
     def forget_replaced(self) -> None:
         """Deletes the data of the checkpoint that was there before, as far as nobody reads it."""
@@ -183,7 +195,9 @@ class Attempt:
         """
         if self._is_guest:
             return
-        if not self.is_committed():
+        # A request without an answer may be carried out later: what that manifest names must be there then.
+        may_come = self._is_publishing and self.store.is_remote
+        if not may_come and not self.is_committed():
             with contextlib.suppress(OSError):
                 self.store.delete_tree(self.data)
             if not self.store.exists(MANIFEST_NAME):

@@ -23,7 +23,7 @@ SPLIT_BYTES_MIN = 128 << 10
 PIECE_BYTES = 8 * MIB
 
 # The least staging that makes progress: one piece of one block for each of two threads.
-_HOST_BYTES_MIN = 2 * BLOCK_BYTES
+HOST_BYTES_MIN = 2 * BLOCK_BYTES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,8 +32,9 @@ class SaveOptions:
 
     Attributes:
       chunk_bytes_max: A shard is cut along its leading axis into chunks of at most this many bytes. When no
-        divisor of the axis gives a chunk between a sixteenth of this and this, the chunk is larger. Default
-        64 MiB: what object stores take in one request, and what a reader can hold at once.
+        divisor of the axis gives a chunk between a sixteenth of this and this, the chunk is larger, up to 4 GiB.
+        Default 64 MiB: what object stores take in one request, and what a reader can hold at once. On an object
+        store it is no more than a 64th of ``host_bytes_max``, since an object is in memory until it is sent.
       pack_bytes_max: Chunks of fewer bytes go into shared pack objects. 0 packs nothing: every array is then a
         Zarr array of its own. Default 4 MiB: creating and syncing a file costs about 1 ms, the time that a disk
         takes for 2 MiB (jaxckpt/DESIGN.md, "Packs").
@@ -111,7 +112,7 @@ def resolve_host_bytes_max(host_bytes_max: int | None, processes: int = 1) -> in
     """
     if host_bytes_max is None:
         host_bytes_max = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return max(host_bytes_max // processes, _HOST_BYTES_MIN)
+    return max(host_bytes_max // processes, HOST_BYTES_MIN)
 
 
 def piece_bytes_for(host_bytes_max: int) -> int:

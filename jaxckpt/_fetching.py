@@ -16,8 +16,8 @@ import concurrent.futures
 import errno
 import math
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, final
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, final
 
 import numpy as np
 import xxhash
@@ -37,6 +37,8 @@ from ._tables import PIECE_ALIGNMENT
 _MOVABLE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 _ALIGNMENT = 64
+
+T = TypeVar("T")
 
 # Of so many units it is asked whether they are in memory, as a sample of all.
 _UNITS_ASKED_ABOUT = 4
@@ -78,7 +80,9 @@ class ReadExecutor:
 
     def check_objects(self, plan: ReadPlan) -> None:
         """Finds missing objects and objects of a wrong length, before any memory is taken for the arrays."""
-        for name, length in plan.object_lengths.items():
+
+        def check(item: tuple[str, int]) -> None:
+            name, length = item
             try:
                 if not self._store.has_length(name, length):
                     self._report_object(
@@ -87,10 +91,11 @@ class ReadExecutor:
             except OSError as error:
                 self._report_object(plan, name, _kind_of(error), _describe_os_error(error))
 
+        self._run(list(plan.object_lengths.items()), check, self._small_threads)
+
     def check_metadata(self, entries: Iterable[StoredObject]) -> None:
         """Verifies metadata objects."""
-        for entry in entries:
-            self.read_metadata(entry)
+        self._run(list(entries), self.read_metadata, self._small_threads)
 
     def read_metadata(self, entry: StoredObject) -> bytes | None:
         """A metadata object, verified; None when something is wrong with it."""
@@ -121,11 +126,11 @@ class ReadExecutor:
         units = plan.units
         if mapped:
             units = [unit for unit in units if not self._map_unit(unit, mapped)]
-        self._run(units, self._read_unit)
+        self._run(units, self._read_unit, self._useful_threads(units))
 
     def verify(self, plan: ReadPlan) -> None:
         """Reads and verifies without filling destinations."""
-        self._run(plan.units, self._verify_unit)
+        self._run(plan.units, self._verify_unit, self._useful_threads(plan.units))
 
     def raise_problems(self, doing: str) -> None:
         """Raises `CorruptError` if anything was found.
@@ -139,15 +144,19 @@ class ReadExecutor:
             advice = ["nothing was returned; use another checkpoint, or select= the leaves that are whole"]
             raise CorruptError(list_problems(headline, problems, advice), problems)
 
-    def _run(self, units: Sequence[Unit], work: Any) -> None:
-        threads = self._useful_threads(units)
-        if len(units) <= 1 or threads == 1:
-            for unit in units:
-                work(unit)
+    def _run(self, each: Sequence[T], work: Callable[[T], object], threads: int) -> None:
+        if len(each) <= 1 or threads == 1:
+            for one in each:
+                work(one)
             return
         with concurrent.futures.ThreadPoolExecutor(threads, "jaxckpt-read") as executor:
-            for _ in executor.map(work, units):
+            for _ in executor.map(work, each):
                 pass
+
+    @property
+    def _small_threads(self) -> int:
+        """For what takes a file system microseconds, and an object store a request."""
+        return self._threads if self._store.is_remote else 1
 
     def _useful_threads(self, units: Sequence[Unit]) -> int:
         """As many as are allowed; of what is in memory, as many as there are processors: more are a third slower."""

@@ -16,7 +16,8 @@ recursion to read. ``0`` is a leaf, ``None`` is None, every other node is a list
     ["namedtuple", class, [field, ...]]  ["node", class, [key, ...]]
 
 Class names are for readers; nothing is imported by them. Without the user's classes a namedtuple comes back as a
-generated one with the same fields, and any other node as a dict of its children.
+generated one with the same fields, and any other node as a dict of its children: as an OrderedDict where the keys
+cannot be sorted, since JAX takes no other dict with such keys (an `nnx.List` has positions and attributes).
 """
 
 from __future__ import annotations
@@ -459,7 +460,7 @@ def _rebuild_node(stream: Iterator[Any], leaves: Iterator[Any]) -> Any:
             for key, child in zip(node[-1], children, strict=True)
             if child is not PRUNED
         ]
-        return collections.OrderedDict(pairs) if kind == "odict" else dict(pairs)
+        return collections.OrderedDict(pairs) if kind == "odict" else _sortable_dict(pairs)
     children = [None if child is PRUNED else child for child in children]
     if kind == "list":
         return children
@@ -521,9 +522,13 @@ def with_sortable_keys(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     children: dict[Any, Any] = node  # pyright: ignore[reportUnknownVariableType]
-    pairs = [(key, with_sortable_keys(child)) for key, child in children.items()]
+    return _sortable_dict([(key, with_sortable_keys(child)) for key, child in children.items()])
+
+
+def _sortable_dict(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A dict; an ordered one where the keys cannot be sorted, which JAX does with those of others."""
     try:
-        sorted(children)
+        sorted(key for key, _ in pairs)
     except TypeError:
         return collections.OrderedDict(pairs)
     return dict(pairs)

@@ -32,10 +32,17 @@ from ._tables import OWN_OBJECT, PACK_ALIGNMENT, PIECE_ALIGNMENT
 
 # A pack is closed when it has this many bytes: large enough for full disk speed, small enough for one request to an
 # object store.
-_PACK_BYTES = 64 << 20
+PACK_BYTES = 64 << 20
+
+# Every object stays below 4 GiB, whatever the options say: object stores take up to 5 GB in one request, and what was
+# saved to files shall fit into a bucket too.
+OBJECT_BYTES_MAX = (4 << 30) - PIECE_ALIGNMENT
+# Of a shard that nothing divides but what gives more chunks than this, no checkpoint is made: a billion of one element
+# each would be all that is left.
+_CHUNKS_MAX = 1 << 24
 
 # As many as there are threads that write, unless somebody wants more.
-_GROWING_OBJECTS = 8
+GROWING_OBJECTS = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,7 +154,7 @@ class WritePlan:
         return tuple(
             sorted(
                 range(len(pieces)),
-                key=lambda number: (pieces[number].object // _GROWING_OBJECTS, pieces[number].offset),
+                key=lambda number: (pieces[number].object // GROWING_OBJECTS, pieces[number].offset),
             )
         )
 
@@ -169,8 +176,10 @@ class WritePlan:
 def cut_shard(shape: tuple[int, ...], itemsize: int, chunk_bytes_max: int) -> tuple[int, ...]:
     """Shape of the chunks of a shard: contiguous in it, dividing it, at most ``chunk_bytes_max`` bytes.
 
-    Where no divisor of an axis gives a chunk between a sixteenth of the limit and the limit, the chunk is larger.
+    Where no divisor of an axis gives a chunk between a sixteenth of the limit and the limit, the chunk is larger, but
+    never larger than an object may be.
     """
+    chunk_bytes_max = min(chunk_bytes_max, OBJECT_BYTES_MAX)
     chunk = [max(size, 1) for size in shape]
     for axis in range(len(chunk)):
         row_bytes = math.prod(chunk[axis + 1 :]) * itemsize
@@ -180,12 +189,17 @@ def cut_shard(shape: tuple[int, ...], itemsize: int, chunk_bytes_max: int) -> tu
             chunk[axis] = 1
             continue
         divisors = [rows for rows in _divisors(chunk[axis]) if rows * row_bytes <= chunk_bytes_max]
-        if divisors and divisors[-1] * row_bytes * 16 >= chunk_bytes_max:
-            chunk[axis] = divisors[-1]
-        else:
-            chunk[axis] = min(rows for rows in _divisors(chunk[axis]) if rows * row_bytes > chunk_bytes_max)
+        larger = min(rows for rows in _divisors(chunk[axis]) if rows * row_bytes > chunk_bytes_max)
+        is_fair = divisors[-1] * row_bytes * 16 >= chunk_bytes_max
+        chunk[axis] = divisors[-1] if is_fair or larger * row_bytes > OBJECT_BYTES_MAX else larger
         break
     return tuple(chunk)
+
+
+def is_divisible(extent: LeafExtent, chunk_bytes_max: int) -> bool:
+    """Whether the shards of a leaf can be cut into chunks that are few enough."""
+    chunk = cut_shard(extent.shard_shape, extent.itemsize, chunk_bytes_max)
+    return math.prod(extent.shard_shape) // math.prod(chunk) <= _CHUNKS_MAX
 
 
 def _divisors(number: int) -> list[int]:
@@ -199,6 +213,7 @@ def plan_writes(
     chunk_bytes_max: int,
     pack_bytes_max: int,
     piece_bytes: int,
+    pack_object_bytes: int = PACK_BYTES,
     shares: Sequence[Share | None] | None = None,
     process: int = 0,
 ) -> WritePlan:
@@ -209,10 +224,11 @@ def plan_writes(
       chunk_bytes_max: Most bytes of a chunk, see `cut_shard`.
       pack_bytes_max: Chunks of fewer bytes are packed.
       piece_bytes: Most bytes of a piece; a multiple of the block size.
+      pack_object_bytes: A pack is closed when it has so many.
       shares: Whose chunks are whose; None: what is here is written.
       process: The one whose chunks are written.
     """
-    planner = _Planner(min(pack_bytes_max, piece_bytes - PIECE_ALIGNMENT), piece_bytes)
+    planner = _Planner(min(pack_bytes_max, piece_bytes - PIECE_ALIGNMENT), piece_bytes, pack_object_bytes)
     chunk_shapes: list[tuple[int, ...]] = []
     for number, extent in enumerate(leaves):
         if extent is None:
@@ -279,8 +295,9 @@ def present_chunks(extent: LeafExtent, chunk_shape: tuple[int, ...]) -> np.ndarr
 class _Planner:
     """Appends leaf after leaf to the objects, pieces and columns of a plan."""
 
-    def __init__(self, pack_bytes_max: int, piece_bytes: int) -> None:
+    def __init__(self, pack_bytes_max: int, piece_bytes: int, pack_object_bytes: int) -> None:
         self._pack_bytes_max = pack_bytes_max
+        self._pack_object_bytes = pack_object_bytes
         self._piece_bytes = piece_bytes
         self._objects: list[PlannedObject] = []
         self._pieces: list[Piece] = []
@@ -334,7 +351,7 @@ class _Planner:
         stored = _align(nbytes, PACK_ALIGNMENT)
         if self._piece_fill and _align(self._piece_fill + stored, PIECE_ALIGNMENT) > self._piece_bytes:
             self._close_piece()
-            if self._pack_bytes >= _PACK_BYTES:
+            if self._pack_bytes >= self._pack_object_bytes:
                 self._close_pack()
         if self._pack_object is None:
             self._pack_object = len(self._objects)

@@ -238,9 +238,11 @@ def _inspect(leaf: Any) -> _Leaf:
             f"is a {type(leaf).__name__}, and code is not stored; take it out of the tree "
             "(equinox.partition(tree, equinox.is_array), or a static field)"
         )
+    name = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+    if hasattr(type(leaf), "value"):  # a variable of Keras, or a member of an enumeration
+        raise _RefusedError(f"is of type {name}; store its .value, or register the type as a pytree node")
     raise _RefusedError(
-        f"is of type {type(leaf).__module__}.{type(leaf).__qualname__}; store arrays, numbers, strings or bytes, "
-        "or register the type as a pytree node"
+        f"is of type {name}; store arrays, numbers, strings or bytes, or register the type as a pytree node"
     )
 
 

@@ -29,7 +29,6 @@ deleting (`_keeping`), which step to go on from (`_resuming`), and what goes to 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -568,10 +567,8 @@ class CheckpointManager:
             newest_good=self._newest_good,
             on_progress=None if self._bar is None else self._bar.show,
         )
-        store = self._directory.begin(step, decision.name if is_same else "")
-        self._fingerprint_before = _UNKNOWN
-        with contextlib.suppress(OSError):  # the save will meet it, too
-            self._fingerprint_before = store.fingerprint(MANIFEST_NAME)
+        name = decision.name if is_same else ""
+        store, self._fingerprint_before = self._directory.begin(step, name, _UNKNOWN)
         pending = PendingSave(
             store.path,
             functools.partial(self._on_end, step),
@@ -1055,19 +1052,16 @@ class CheckpointManager:
           >>> [manager.restore(step)["w"].sum() for step in manager.watch(timeout_s=0)]
           [Array(3., dtype=float32)]
         """
-        present = self._directory.committed()
+        present = self._directory.fingerprints()
         newest = max(present, default=None)
         seen = {
-            step: self._directory.fingerprint(name)
-            for step, name in present.items()
-            if after is None and step != newest
+            step: fingerprint for step, fingerprint in present.items() if after is None and step != newest
         }
         waiting_since_s = self._monotonic_s()
         pause = threading.Event()
         while True:
-            for step, name in self._directory.committed().items():
-                fingerprint = self._directory.fingerprint(name)
-                if fingerprint is None or seen.get(step) == fingerprint:
+            for step, fingerprint in self._directory.fingerprints().items():
+                if seen.get(step) == fingerprint:
                     continue
                 if after is not None and step <= after:
                     continue

@@ -18,8 +18,9 @@ from typing import Any, final
 import numpy as np
 
 from ._config import SPLIT_BYTES_MIN
+from ._errors import Problem, UnsupportedLeafError, list_problems
 from ._garbage import collection_paused
-from ._layout import Share, WritePlan, plan_writes, present_chunks
+from ._layout import PACK_BYTES, LeafExtent, Share, WritePlan, is_divisible, plan_writes, present_chunks
 from ._leaves import Kinds
 from ._manifest import LeafSpec
 from ._ownership import share_writes
@@ -133,6 +134,7 @@ def plan_save(
     *,
     chunk_bytes_max: int,
     pack_bytes_max: int,
+    pack_object_bytes: int = PACK_BYTES,
     piece_bytes: int,
     group: tuple[int, int] | None,
 ) -> SavePlan:
@@ -143,9 +145,14 @@ def plan_save(
       kinds: Of the leaves.
       chunk_bytes_max: As in the options.
       pack_bytes_max: As in the options.
+      pack_object_bytes: A pack is closed when it has so many.
       piece_bytes: Most bytes of a piece.
       group: Index of this process and their number, where they share the writing.
+
+    Raises:
+      UnsupportedLeafError: A leaf cannot be cut into objects of a size that storage takes.
     """
+    _require_divisible(keys, kinds.extents, chunk_bytes_max)
     shares = None
     if group is not None:
         shares = share_writes(
@@ -156,6 +163,7 @@ def plan_save(
         chunk_bytes_max=chunk_bytes_max,
         pack_bytes_max=pack_bytes_max,
         piece_bytes=piece_bytes,
+        pack_object_bytes=pack_object_bytes,
         shares=shares,
         process=0 if group is None else group[0],
     )
@@ -165,3 +173,21 @@ def plan_save(
     return SavePlan(
         keys, kinds, writes, shares, {leaf: leaf_directory(keys[leaf]) for leaf in sorted(directories)}
     )
+
+
+def _require_divisible(
+    keys: Sequence[str], extents: Sequence[LeafExtent | None], chunk_bytes_max: int
+) -> None:
+    problems = [
+        Problem(
+            keys[leaf], "shape", f"its shards of shape {extent.shard_shape} divide into single elements only"
+        )
+        for leaf, extent in enumerate(extents)
+        if extent is not None and not is_divisible(extent, chunk_bytes_max)
+    ]
+    if problems:
+        headline = (
+            f"cannot save {len(problems)} leaves, whose shards are larger than an object may be (4 GiB)"
+        )
+        advice = ["nothing was written; give them another shape, or pad them"]
+        raise UnsupportedLeafError(list_problems(headline, problems, advice), problems)

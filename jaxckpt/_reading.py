@@ -68,7 +68,7 @@ def open_checkpoint(path: Any) -> Checkpoint:
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"cannot read the checkpoint {store.path!r}: {error.strerror or error}"
+            f"cannot read the checkpoint {store.path!r}: {MANIFEST_NAME}: {error.strerror or error}"
         ) from error
     try:
         manifest = parse_manifest(data, store.path)

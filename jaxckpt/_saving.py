@@ -37,6 +37,8 @@ import xxhash
 from ._collective import SETTLE_S, CollectiveSave, Outline, outline_leaf
 from ._commit import Attempt, begin
 from ._config import (
+    BLOCK_BYTES,
+    HOST_BYTES_MIN,
     SaveOptions,
     least_piece_bytes,
     piece_bytes_for,
@@ -47,6 +49,7 @@ from ._errors import CheckpointError, CoordinationError, WriteError
 from ._individual import OwnLeaves
 from ._items import encode_items
 from ._keys import FlatTree, flatten
+from ._layout import GROWING_OBJECTS, PACK_BYTES
 from ._leaves import NO_LEAVES, inspect_leaves
 from ._manifest import (
     ITEMS_BYTES_MAX,
@@ -223,19 +226,26 @@ class SaveJob:
         if is_blocking and staging == "pool":
             host_bytes_max = min(host_bytes_max, _BLOCKING_BYTES_MAX)
             staging = "direct"
-        piece_bytes = piece_bytes_for(host_bytes_max)
+        self._chunk_bytes_max = options.chunk_bytes_max
+        object_bytes_max = PACK_BYTES
+        if self.store.is_remote:
+            host_bytes_max = max(host_bytes_max // 2, HOST_BYTES_MIN)
+            object_bytes_max = _remote_object_bytes(options, 1 if group is None else group.count)
+            self._chunk_bytes_max = min(options.chunk_bytes_max, object_bytes_max)
+        piece_bytes = min(piece_bytes_for(host_bytes_max), object_bytes_max)
         self._pack_bytes_max = options.pack_bytes_max
         if group is not None:
             # Which chunks are packed must not depend on how many processes share this machine.
-            least = least_piece_bytes(options.host_bytes_max, group.count)
+            least = min(least_piece_bytes(options.host_bytes_max, group.count), object_bytes_max)
             piece_bytes = max(piece_bytes, least)
             self._pack_bytes_max = min(options.pack_bytes_max, least - PIECE_ALIGNMENT)
         is_shared = self._together is not None and not self._together.is_local
         self._plan = plan_save(
             self._flat.keys,
             leaves.kinds,
-            chunk_bytes_max=options.chunk_bytes_max,
+            chunk_bytes_max=self._chunk_bytes_max,
             pack_bytes_max=self._pack_bytes_max,
+            pack_object_bytes=object_bytes_max,
             piece_bytes=piece_bytes,
             group=(group.index, group.count) if is_shared and group is not None else None,
         )
@@ -297,13 +307,12 @@ class SaveJob:
             self._raise(error)
 
     def _outline(self) -> Outline:
-        options = self._options
         call = {
             "step": self._context.step,
             "overwrite": self._may_overwrite,
             "local": self._together is not None and self._together.is_local,
             "programs": sorted(self._context.programs or {}),
-            "options": [options.chunk_bytes_max, self._pack_bytes_max],
+            "options": [self._chunk_bytes_max, self._pack_bytes_max],
         }
         leaves = tuple(map(outline_leaf, self._plan.kinds.templates))
         return Outline(call, self._flat.nodes, self._flat.keys, leaves)
@@ -667,6 +676,18 @@ def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
             _log.warning("the metric %r was deleted or donated before it could be read", name)
             numbers[name] = math.nan
     return numbers
+
+
+def _remote_object_bytes(options: SaveOptions, process_count: int) -> int:
+    """Most bytes of a chunk or pack on an object store, where half of the memory is for objects that grow or are sent.
+
+    Each of them takes up to twice its size. All processes of a group must come to the same.
+    """
+    if options.host_bytes_max is None and process_count > 1:
+        return PACK_BYTES
+    room = resolve_host_bytes_max(options.host_bytes_max, process_count) // 2
+    in_memory = 2 * (options.io_threads + GROWING_OBJECTS)
+    return min(PACK_BYTES, max(room // in_memory // BLOCK_BYTES, 1) * BLOCK_BYTES)
 
 
 def _is_same_data(a: Any, b: Any) -> bool:

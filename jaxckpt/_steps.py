@@ -13,6 +13,7 @@ Deliberately not here: when steps are saved (`_schedule`), which ones stay (`_re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import functools
@@ -49,6 +50,7 @@ class StepRecord:
       created_s: When it was committed, in seconds since 1970.
       metrics: Numbers by name.
       checksum: Checksum of its manifest, hexadecimal.
+      listed: On an object store, what the listing of the bucket says of this checkpoint and of no other.
     """
 
     step: int
@@ -56,6 +58,7 @@ class StepRecord:
     created_s: float
     metrics: dict[str, float]
     checksum: str
+    listed: str = ""
 
 
 @final
@@ -80,6 +83,9 @@ class StepDirectory:
         self._records: dict[str, tuple[Any, StepRecord]] = {}
         self._cached: dict[str, StepRecord] | None = None
         self._sweep_lock = threading.Lock()
+        # Whether a step may have another name than the one that this manager gives it. On an object store, where a
+        # listing takes long, that is as the last one said.
+        self._has_other_names = True
         self._busy: str | None = None  # directory of the save that this process is writing
         self._littered: set[int] = set()
         self._spared: frozenset[int] = frozenset()
@@ -101,29 +107,51 @@ class StepDirectory:
 
     def committed(self) -> dict[int, str]:
         """Directory of each committed step, ascending."""
-        looked_at: dict[str, int] | None = None
+        return {step: name for step, (name, _) in self._committed().items()}
+
+    def fingerprints(self) -> dict[int, Any]:
+        """Of each committed step, ascending, something that changes when its checkpoint is replaced."""
+        return {step: fingerprint for step, (_, fingerprint) in self._committed().items()}
+
+    def _committed(self) -> dict[int, tuple[str, Any]]:
+        """Directory of each committed step and the fingerprint of its manifest, ascending."""
+        looked_at: set[str] | None = None
         while True:
-            candidates = self._candidates()
-            found: dict[int, str] = {}
-            for name, step in candidates.items():
+            listed = self._store.fingerprints(MANIFEST_NAME, self._is_candidate)
+            if self._store.is_remote:
+                self._has_other_names = any(name != self._name_of(self._step_of(name)) for name in listed)
+            found: dict[int, tuple[str, Any]] = {}
+            for name, fingerprint in listed.items():
+                step = self._step_of(name)
                 # Of two widths for one step the manager's own counts, else the one that sorts first.
-                is_first = step not in found or name == self._name_of(step)
-                if is_first and self.fingerprint(name) is not None:
-                    found[step] = name
+                if fingerprint is not None and (step not in found or name == self._name_of(step)):
+                    found[step] = name, fingerprint
             # Steps that are gone before they are looked at may have been deleted for younger ones, not yet listed.
-            if found or candidates in ({}, looked_at):
+            if found or set(listed) in (set(), looked_at):
                 return {step: found[step] for step in sorted(found)}
-            looked_at = candidates
+            looked_at = set(listed)
+
+    def _is_candidate(self, name: str) -> bool:
+        """Whether a name may be a step's directory."""
+        return self._pattern.fullmatch(name) is not None
+
+    def _step_of(self, name: str) -> int:
+        return int(name.removeprefix(self._prefix))
 
     def store_of(self, step: int) -> Store:
         """Where a step is, or would be saved."""
+        return self._locate(step)[0]
+
+    def _locate(self, step: int) -> tuple[Store, Any]:
+        """Where a step is, or would be saved, and the fingerprint of its manifest if it is there."""
         # The usual name needs no listing.
         usual = self._name_of(step)
-        if self.fingerprint(usual) is None:
+        fingerprint = self.fingerprint(usual)
+        if fingerprint is None and self._has_other_names:
             for name, other in self._candidates().items():
-                if other == step and self.fingerprint(name) is not None:
-                    return self._store.child(name)
-        return self._store.child(usual)
+                if other == step and (found := self.fingerprint(name)) is not None:
+                    return self._store.child(name), found
+        return self._store.child(usual), fingerprint
 
     def usual_store_of(self, step: int) -> Store:
         """Where a step is saved that is not there under another name; looks at nothing."""
@@ -131,7 +159,7 @@ class StepDirectory:
 
     def fingerprint_of(self, step: int) -> Any:
         """As `fingerprint`, of a step."""
-        return self.store_of(step).fingerprint(MANIFEST_NAME)
+        return self._locate(step)[1]
 
     def fingerprint(self, name: str) -> Any:
         """Something that changes when the checkpoint of a directory is replaced, or None when there is none."""
@@ -146,21 +174,20 @@ class StepDirectory:
         """What the committed steps say of themselves, ascending; those with damaged manifests are left out."""
         found: list[StepRecord] = []
         with self._lock:
-            for step, name in self.committed().items():
-                record = self._record(step, name)
+            for step, (name, fingerprint) in self._committed().items():
+                record = self._record(step, name, fingerprint)
                 if record is not None:
                     found.append(record)
             present = {record.name for record in found}
             self._records = {name: entry for name, entry in self._records.items() if name in present}
         return found
 
-    def _record(self, step: int, name: str) -> StepRecord | None:
-        fingerprint = self.fingerprint(name)
+    def _record(self, step: int, name: str, fingerprint: Any) -> StepRecord | None:
         known = self._records.get(name)
         if known is not None and known[0] == fingerprint:
             return known[1]
         try:
-            record = self._cached_record(step, name) or self._read_record(step, name)
+            record = self._cached_record(step, name, fingerprint) or self._read_record(step, name)
         except FileNotFoundError:  # deleted since it was listed
             return None
         except (CheckpointError, OSError) as error:
@@ -169,13 +196,15 @@ class StepDirectory:
         self._records[name] = fingerprint, record
         return record
 
-    def _cached_record(self, step: int, name: str) -> StepRecord | None:
+    def _cached_record(self, step: int, name: str, fingerprint: Any) -> StepRecord | None:
         """What the cache says, if it was written for this very manifest."""
         if self._cached is None:
             self._cached = self._read_cache()
         record = self._cached.get(name)
         if record is None or record.step != step:
             return None
+        if isinstance(fingerprint, str) and fingerprint == record.listed:
+            return record  # the name of its data, which no other checkpoint has, is there
         checksum = checksum_of_manifest(self._store.read(f"{name}/{MANIFEST_NAME}", MANIFEST_BYTES_MAX))
         return record if checksum is not None and checksum.hex() == record.checksum else None
 
@@ -184,19 +213,28 @@ class StepDirectory:
         data = self._store.read(path, MANIFEST_BYTES_MAX)
         manifest = parse_manifest(data, f"{self.path}/{name}")
         checksum = checksum_of_manifest(data) or b""
-        return StepRecord(step, name, manifest.created_s, manifest.metrics, checksum.hex())
+        listed = manifest.data if self._store.is_remote else ""
+        return StepRecord(step, name, manifest.created_s, manifest.metrics, checksum.hex(), listed)
 
     # --- changes ----------------------------------------------------------------------------------------------
 
-    def begin(self, step: int, name: str = "") -> Store:
-        """Where a step will be saved, in the directory of that name if one is given; not swept until `end`."""
-        try:
-            store = self._store.child(name) if name else self.store_of(step)
-        except OSError:  # the save will meet it too, and say so
-            store = self.usual_store_of(step)
+    def begin(self, step: int, name: str = "", unknown: Any = None) -> tuple[Store, Any]:
+        """Where a step will be saved, and the fingerprint of what is there before; not swept until `end`.
+
+        Args:
+          step: The step.
+          name: Its directory, if that is known.
+          unknown: What stands for a fingerprint that storage does not tell.
+        """
+        store, fingerprint = self._store.child(name) if name else self.usual_store_of(step), unknown
+        with contextlib.suppress(OSError):  # the save will meet it too, and say so
+            if name:
+                fingerprint = store.fingerprint(MANIFEST_NAME)
+            else:
+                store, fingerprint = self._locate(step)
         with self._sweep_lock:
             self._busy = store.name
-        return store
+        return store, fingerprint
 
     @property
     def busy(self) -> str | None:
@@ -221,7 +259,9 @@ class StepDirectory:
 
     def sweep(self) -> None:
         """Deletes what saves left that were never committed; what cannot be deleted does not keep the rest."""
-        _call_all([functools.partial(self._sweep_uncommitted, name) for name in self._candidates()])
+        listed = self._store.fingerprints(MANIFEST_NAME, self._is_candidate)
+        uncommitted = [name for name, fingerprint in listed.items() if fingerprint is None]
+        _call_all([functools.partial(self._sweep_uncommitted, name) for name in uncommitted])
 
     def _sweep_uncommitted(self, name: str) -> None:
         if int(name.removeprefix(self._prefix)) in self._spared:
@@ -240,9 +280,14 @@ class StepDirectory:
             [
                 self.sweep,
                 *[functools.partial(self._store.delete, name) for name in cut_off],
-                *[functools.partial(self.sweep_step, step) for step in self.committed()],
+                *[functools.partial(self.sweep_step, step) for step in self._maybe_littered()],
             ]
         )
+
+    def _maybe_littered(self) -> list[int]:
+        """The committed steps that may hold more than their checkpoint."""
+        # One name is that of the one directory of data in the step: a listing of the bucket has shown that already.
+        return [step for step, fingerprint in self.fingerprints().items() if not isinstance(fingerprint, str)]
 
     def sweep_step(self, step: int) -> None:
         """Deletes what an overwrite left in a step, and in those before it whose old data somebody read then."""
@@ -267,7 +312,9 @@ class StepDirectory:
 
     def pinned(self, records: list[StepRecord]) -> set[int]:
         """The steps that are marked."""
-        return {record.step for record in records if self._store.exists(f"{record.name}/{PIN_NAME}")}
+        steps = {record.name: record.step for record in records}
+        marks = self._store.fingerprints(PIN_NAME, steps.__contains__)
+        return {steps[name] for name, mark in marks.items() if mark is not None}
 
     # --- the cache --------------------------------------------------------------------------------------------
 
@@ -337,6 +384,7 @@ def _document_of(record: StepRecord) -> dict[str, Any]:
             name: value if math.isfinite(value) else str(value) for name, value in record.metrics.items()
         },
         "manifest": record.checksum,
+        **({"data": record.listed} if record.listed else {}),
     }
 
 
@@ -347,4 +395,5 @@ def _record_of(entry: dict[str, Any]) -> StepRecord:
         float(entry["time_s"]),
         {str(name): float(value) for name, value in entry["metrics"].items()},
         str(entry["manifest"]),
+        str(entry.get("data", "")),
     )

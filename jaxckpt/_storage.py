@@ -23,7 +23,7 @@ import re
 import secrets
 import urllib.parse
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import numpy as np
@@ -105,6 +105,9 @@ class Store(abc.ABC):
     """The objects of one checkpoint. Names are relative, with ``/`` between their parts."""
 
     path: str
+    # Whether each call takes as long as a network does, so that several shall go on at a time, and an object is in
+    # memory until it is finished.
+    is_remote = False
 
     @property
     def name(self) -> str:
@@ -177,6 +180,25 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def names(self) -> list[str]:
         """First parts of the names of all objects and directories, in order; none when nothing is there."""
+
+    def names_below(self) -> dict[str, list[str]]:
+        """Of each of `names`, what the store of that name has as its own `names`; none where there cannot be any."""
+        below: dict[str, list[str]] = {}
+        for name in self.names():
+            try:
+                below[name] = self.child(name).names()
+            except OSError:  # of a directory of somebody else
+                below[name] = []
+        return below
+
+    def fingerprints(self, name: str, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
+        """The `fingerprint` of the object of a name in each child.
+
+        Args:
+          name: Of the object.
+          is_wanted: Which of `names` are looked at.
+        """
+        return {child: self.fingerprint(f"{child}/{name}") for child in self.names() if is_wanted(child)}
 
     @abc.abstractmethod
     def delete(self, name: str) -> None:

@@ -21,6 +21,7 @@ import fcntl
 import functools
 import mmap
 import os
+import re
 import stat
 import sys
 import threading
@@ -29,8 +30,9 @@ from typing import Any, final
 
 import numpy as np
 
-from ._buckets import BucketStore
+from ._buckets import open_bucket
 from ._config import BLOCK_BYTES, MIB
+from ._errors import CheckpointError
 from ._storage import (
     DIRECT_ALIGNMENT,
     Buffer,
@@ -81,7 +83,11 @@ def open_store(path: str | os.PathLike[str] | Store) -> Store:
         return path
     text = os.fspath(path)
     if "://" in text and not text.startswith("file://"):
-        return BucketStore(text)
+        return open_bucket(text)
+    if not isinstance(path, str) and (match := re.match("([a-z0-9]+):/", text)):
+        raise CheckpointError(
+            f"{text!r} is a URL that became a path: pass '{match[1]}://...' as text, not as a Path"
+        )
     return LocalStore(os.path.abspath(local_path(text)))
 
 

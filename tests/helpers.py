@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -54,6 +56,34 @@ def assert_same_tree(got: Any, want: Any) -> None:
     got_leaves = jax.tree_util.tree_leaves_with_path(got)
     for (place, got_leaf), want_leaf in zip(got_leaves, jax.tree.leaves(want), strict=True):
         assert_same_leaf(got_leaf, want_leaf, jax.tree_util.keystr(place))
+
+
+def run_adapter(name: str, directory: pathlib.Path) -> None:
+    """Runs an example of ``examples/adapters`` in this process; it ends with SystemExit if it found a difference."""
+    file = ROOT / "examples" / "adapters" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"adapter_{name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    module.main(directory)
+
+
+def assert_goes_on_equally(printed: str, steps: int) -> None:
+    """So many lines of an example show a loss and the same one after the restore, which is another in each line."""
+    losses = re.findall(r"step \d+: loss (\S+), after the restore (\S+)", printed)
+    assert len({loss for loss, _ in losses}) == steps, printed
+    assert all(loss == again for loss, again in losses), printed
+
+
+def assert_same_weak_types(got: Any, want: Any) -> None:
+    """The leaves of both trees are weakly typed at the same places."""
+    for place, (got_leaf, want_leaf) in enumerate(
+        zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    ):
+        weak = [getattr(leaf, "weak_type", False) for leaf in (got_leaf, want_leaf)]
+        assert weak[0] == weak[1], f"leaf {place}"
 
 
 def run_program(

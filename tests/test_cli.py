@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxckpt
 from jaxckpt import Progress, _cli
 from jaxckpt._cli import ProgressBar, main
+from jaxckpt._store import open_store
 
 from .helpers import ROOT, make_mesh
 
@@ -671,10 +672,22 @@ def test_wrong_usage(capsys: Any, argv: list[str]) -> None:
     assert err.startswith("usage: jaxckpt")
 
 
-def test_ls_takes_no_urls(capsys: Any) -> None:
-    code, _, err = run(capsys, "ls", "s3://bucket/run")
-    assert code == 2
-    assert "takes directories" in err
+def test_ls_takes_urls(capsys: Any) -> None:
+    url = "memory://test_cli/ls"
+    jaxckpt.save(f"{url}/step_3", {"w": np.arange(3)})
+    jaxckpt.save(f"{url}/other", {"w": np.arange(3)})
+    open_store(url).put("step_4/data-0123456789abcdef/zarr.json", b"{}")
+    code, out, _ = run(capsys, "ls", "--json", url)
+    assert code == 0
+    assert [(entry["name"], entry["state"]) for entry in json.loads(out)] == [
+        ("other", "committed"),
+        ("step_3", "committed"),
+        ("step_4", "uncommitted"),
+    ]
+    assert [entry["name"] for entry in json.loads(run(capsys, "ls", "--json", f"{url}/other")[1])] == [
+        "other"
+    ]
+    assert run(capsys, "ls", "ftp://host/run")[0] == 3
 
 
 def test_the_help_explains_the_exit_codes(capsys: Any) -> None:

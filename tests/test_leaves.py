@@ -590,6 +590,17 @@ class Colour:
     """A class that JAX does not know."""
 
 
+class Variable:
+    """Holds an array, as the variables of Keras do."""
+
+    def __init__(self, value: jax.Array) -> None:
+        self._value = value
+
+    @property
+    def value(self) -> jax.Array:
+        return self._value
+
+
 def deleted_array() -> jax.Array:
     array = jnp.arange(3.0)
     array.delete()
@@ -646,6 +657,7 @@ REFUSED = {
     "path": (lambda: pathlib.PurePath("a"), "store arrays, numbers, strings or bytes"),
     "date": (lambda: dt.date(2024, 2, 29), "store arrays, numbers, strings or bytes"),
     "decimal": (lambda: decimal.Decimal("0.1"), "store arrays, numbers, strings or bytes"),
+    "variable": (lambda: Variable(jnp.ones(2)), "store its .value, or register the type"),
     "own_class": (Colour, "or register the type as a pytree node"),
 }
 

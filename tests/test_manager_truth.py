@@ -139,7 +139,7 @@ def test_a_step_that_failed_can_be_tried_again(path: pathlib.Path) -> None:
 
 def test_what_is_tidied_after_a_save_is_not_the_next_save_of_that_step(path: pathlib.Path) -> None:
     directory = StepDirectory(LocalStore(str(path)), "step_", 8)
-    store = directory.begin(100)
+    store, _ = directory.begin(100)
     names = ["data-0123456789abcdef", "data-fedcba9876543210"]  # of a crash, and of the save: not held yet
     for name in names:
         store.make_directory(name)

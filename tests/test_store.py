@@ -188,7 +188,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 def kv_store(url: str) -> ts.KvStore:
     store = open_store(url)
-    return store._store  # type: ignore[attr-defined]
+    return store._root / store._prefix  # type: ignore[attr-defined]
 
 
 def names_in(url: str) -> list[str]:
