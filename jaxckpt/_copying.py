@@ -41,6 +41,7 @@ from ._progress import Progress, ProgressMeter
 from ._reading import Checkpoint, open_checkpoint
 from ._storage import Buffer, Store, allocate_aligned
 from ._store import LocalStore
+from ._zarr import METADATA_NAME
 
 # What means that bytes are lost, and not that the process or the machine lacks something.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
@@ -140,6 +141,9 @@ def _copy(
             return None
         with _target_errors(target):
             target.sync()
+            if not target.exists(f"{data}/{METADATA_NAME}"):
+                what = "somebody deleted what was copied; is another manager at work there?"
+                raise FileNotFoundError(errno.ENOENT, what, f"{target.path}/{data}")
             target.publish(MANIFEST_NAME, manifest_bytes)
         return report
     finally:

@@ -29,6 +29,7 @@ deleting (`_keeping`), which step to go on from (`_resuming`), and what goes to 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging

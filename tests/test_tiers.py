@@ -876,6 +876,20 @@ def test_a_commit_in_the_second_tier_comes_after_all_else_is_durable(
     assert not [line for line in done[commit:] if "data-" in line]
 
 
+def test_an_upload_that_somebody_swept_is_not_committed(local: pathlib.Path) -> None:
+    jaxckpt.save(local, tree_of(1))
+    bucket = Bucket()
+
+    def sweep(call: str, path: str) -> None:
+        if call == "put" and "/packs/" in path:
+            bucket.objects.clear()
+
+    bucket.before = sweep
+    with pytest.raises(jaxckpt.WriteError, match="somebody deleted what was copied"):
+        copy_checkpoint(LocalStore(str(local)), bucket, io_threads=1, host_bytes_max=1)
+    assert MANIFEST not in bucket.objects
+
+
 @pytest.mark.slow
 def test_a_program_that_ends_without_a_word_uploads_first(tmp_path: pathlib.Path) -> None:
     program = """
