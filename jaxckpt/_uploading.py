@@ -4,12 +4,12 @@ A manager with ``upload_to=`` commits to its directory, and training goes on. An
 the second tier, in the background, one after the other (`_copying`). What is still to be uploaded is written down
 nowhere: it follows from the two directories, so that a manager that comes after a crash goes on where the last one was.
 
-    1. look       which steps both tiers have
+    1. look       which steps both tiers have; the second one once, unless something fails
     2. choose     of those that the second tier lacks, is to get, and would keep, the newest: it protects most
     3. copy       verified; the second tier's manifest is the commit there
     4. tidy       the second tier by its own rules, as any directory of a manager (`_keeping`)
 
-and again, until there is nothing to choose; then the thread ends, and the next commit starts another one.
+and 2 to 4 again, until there is nothing to choose; then the thread ends, and the next commit starts another one.
 
 Invariants:
 
@@ -66,7 +66,7 @@ class UploadOptions:
       best: The best steps by a metric stay; one `Best` or several.
       time_to_live_s: `max_to_keep` keeps no step that is older than this.
       waiting_max: So many steps at most stay in the manager's directory only because they are still to be uploaded.
-        Default 2: with a full queue of `max_to_keep` local steps that is 40 % more storage.
+        Default 2: beside the five of the default `max_to_keep` that is 40 % more storage.
       attempts: How many times in a row a step is tried, with pauses of 1, 2, 4, ... 60 seconds between. Default 5; then
         it is tried again after the next save. Object stores have retries of single requests besides.
       io_threads: Objects in flight at a time. Default 8: object stores answer late and take many at once.
@@ -113,11 +113,13 @@ class _Round:
     """What happened since the thread was woken.
 
     Attributes:
+      has_looked: Whether what the second tier holds is known. A listing of a large bucket is many requests.
       closed: Steps that were uploaded, or given up for now.
       failures: How often each failed.
       is_patient: Whether a step is tried again. When one was given up, each of the others has a single attempt.
     """
 
+    has_looked: bool = False
     closed: set[int] = dataclasses.field(default_factory=set[int])
     failures: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter[int])
     is_patient: bool = True
@@ -201,7 +203,7 @@ class Uploader:
     def hold_back(self, doomed: Sequence[int]) -> set[int]:
         """Of steps that the local rules do not keep, those that stay until they are uploaded."""
         self._look_once()
-        wanted = [step for step in self._wanted() if step in doomed]
+        wanted = [record.step for record in self._wanted() if record.step in doomed]
         held_back = wanted[: self._options.waiting_max]
         for step in wanted[self._options.waiting_max :]:
             if step != self._current:
@@ -245,7 +247,7 @@ class Uploader:
         if self.wait(timeout_s):
             return
         self._stop.set()
-        left = ", ".join(map(str, self._wanted()))
+        left = ", ".join(str(record.step) for record in self._wanted())
         _log.warning(
             "no time is left to upload to %r; the next run goes on with step %s",
             self._remote.directory.path,
@@ -277,29 +279,34 @@ class Uploader:
         while not self._stop.is_set():
             step: int | None = None
             try:
-                self._look()
-                step = self._next(so_far)
-                if step is None:
+                if not so_far.has_looked:
+                    self._look()
+                    so_far.has_looked = True
+                record = self._next(so_far)
+                if record is None:
                     return
-                self._upload(step)
+                step = record.step
+                self._upload(record)
                 so_far.closed.add(step)  # who replaces it meanwhile wakes this thread again
             except (CheckpointError, OSError) as error:
+                so_far.has_looked = False  # who knows what was done
                 if not self._note_failure(step, error, so_far):
                     return
 
-    def _next(self, so_far: _Round) -> int | None:
+    def _next(self, so_far: _Round) -> StepRecord | None:
         """The newest step that is wanted and still open in this round."""
-        return next((step for step in self._wanted() if step not in so_far.closed), None)
+        return next((record for record in self._wanted() if record.step not in so_far.closed), None)
 
     def _note_failure(self, step: int | None, error: CheckpointError | OSError, so_far: _Round) -> bool:
         """Says that an upload failed, and waits before the next attempt; False when the round is over."""
         place = self._remote.directory.path
         is_listing = step is None
         if step is None:
-            step = self._next(so_far)
-            if step is None:
+            record = self._next(so_far)
+            if record is None:
                 _log.warning("cannot look for steps in %r: %s", place, error)
                 return False
+            step = record.step
         so_far.failures[step] += 1
         count = so_far.failures[step]
         is_damaged = isinstance(error, (CorruptError, FormatError))
@@ -326,7 +333,7 @@ class Uploader:
         self._has_looked = True
         self._there = {record.step: record for record in self._remote.directory.records()}
 
-    def _wanted(self) -> list[int]:
+    def _wanted(self) -> list[StepRecord]:
         """The steps that are still to be uploaded, the newest first."""
         local = {
             record.step: record
@@ -351,9 +358,12 @@ class Uploader:
             dataclasses.replace(self._options.retention(), pinned=pinned),
             self._wall_s(),
         )
-        return [verdict.step for verdict in reversed(verdicts) if verdict.is_kept and verdict.step in due]
+        return [
+            lacking[verdict.step] for verdict in reversed(verdicts) if verdict.is_kept and verdict.step in due
+        ]
 
-    def _upload(self, step: int) -> None:
+    def _upload(self, record: StepRecord) -> None:
+        step = record.step
         source = self._local.directory.store_of(step)
         target = self._remote.directory.store_of(step)
         fingerprint = source.fingerprint(MANIFEST_NAME)
@@ -373,6 +383,7 @@ class Uploader:
                 on_progress=None if self._options.on_progress is None else self._show,
             )
             if report is not None:
+                self._there = {**(self._there or {}), step: record}
                 self._end_upload(step, report, time.perf_counter() - began_s)
         except CheckpointError as error:
             if source.fingerprint(MANIFEST_NAME) != fingerprint:
