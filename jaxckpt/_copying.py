@@ -40,7 +40,6 @@ from ._parts import ChunkPlace
 from ._progress import Progress, ProgressMeter
 from ._reading import Checkpoint, open_checkpoint
 from ._storage import Buffer, Store, allocate_aligned
-from ._store import LocalStore
 from ._zarr import METADATA_NAME
 
 # What means that bytes are lost, and not that the process or the machine lacks something.
@@ -129,7 +128,7 @@ def _copy(
     meter = ProgressMeter(sum(entry.length for entry in objects), "upload", on_progress)
     data = checkpoint.manifest.data
     with _target_errors(target):
-        if isinstance(target, LocalStore):
+        if not target.is_remote:
             sweep(target)
         is_resumed = data in target.names()
         target.make_directory(data)
@@ -249,7 +248,7 @@ class _Crew:
                     self._objects_there += not is_sent
             finally:
                 with self._condition:
-                    self._in_flight_bytes -= entry.length
+                    self._in_flight_bytes -= self._memory_of(entry)
                     self._condition.notify_all()
 
     def _take(self) -> _Object | None:
@@ -259,13 +258,17 @@ class _Crew:
             if self._failure is not None or not self._waiting or self._is_cancelled():
                 return None
             entry = self._waiting.popleft()
-            self._in_flight_bytes += entry.length
+            self._in_flight_bytes += self._memory_of(entry)
             return entry
 
     def _has_room(self) -> bool:
         if self._failure is not None or not self._waiting or not self._in_flight_bytes:
             return True
-        return self._in_flight_bytes + self._waiting[0].length <= self._host_bytes_max
+        return self._in_flight_bytes + self._memory_of(self._waiting[0]) <= self._host_bytes_max
+
+    def _memory_of(self, entry: _Object) -> int:
+        """Bytes that count while an object is in flight; who sends it whole has it twice for a moment."""
+        return 2 * entry.length if self._target.is_remote else entry.length
 
     def _send(self, entry: _Object, piece: Buffer) -> bool:
         """Writes an object unless it is there; whether it was written."""

@@ -56,6 +56,8 @@ class Bucket(Store):
       writing_bytes: Bytes of objects that are being written; `writing_bytes_peak` is the most that they were.
     """
 
+    is_remote = True
+
     def __init__(self, before: Callable[[str, str], None] | None = None, path: str = "bucket://run") -> None:
         self.path = path
         self.before = before
