@@ -8,9 +8,10 @@ The format of the source is found out, that of the destination is said. A format
    a checkpoint nor an array is ever in memory whole; strings are, one array of them at a time.
 3. What was written is read once more and verified.
 
-Values, names and shapes stay what they are. A checkpoint of ours gets a tree of dicts (`nest`), and its arrays no
-shardings, since other formats have none. What has no counterpart in the destination is an error before anything is
-written. Deliberately not here: devices, and from ours to ours, which is what `restore` and `save` are for.
+Values, names and shapes stay what they are, and metadata where a format has it. A checkpoint of ours gets a tree of
+dicts (`nest`), and its arrays no shardings, since other formats have none. What has no counterpart in the destination
+is an error before anything is written. Deliberately not here: devices, and from ours to ours, which is what `restore`
+and `save` are for.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from ._errors import (
     UnsupportedLeafError,
     list_problems,
 )
-from ._foreign import ForeignArray, ForeignCheckpoint, nest, select_names
+from ._foreign import ForeignArray, ForeignCheckpoint, nest_selected, select_names
 from ._inspect import format_count, verify
 from ._layout import flat_boxes
 from ._leaves import StreamedArray
@@ -54,7 +55,7 @@ Path = str | os.PathLike[str]
 OnProgress = Callable[[Progress], None]
 
 OWN_FORMAT = "jaxckpt"
-FOREIGN_FORMATS = ("tensorflow",)
+FOREIGN_FORMATS = ("tensorflow", "safetensors", "npz", "flax")
 FORMATS = (OWN_FORMAT, *FOREIGN_FORMATS)
 
 # Two pieces, one of which is written while the next is read. JAX itself takes 150 MiB when it is imported, and all
@@ -162,7 +163,8 @@ def convert(
         if isinstance(opened, ForeignCheckpoint):
             names = select_names(opened, select, rename)
             leaves: list[Any] = [opened[name] for name in names.values()]
-            tree = nest(list(names), _forms(list(names), leaves, to, wanted_dtype))
+            forms = _forms(list(names), leaves, to, wanted_dtype)
+            tree = nest_selected(opened, list(names), forms)
         else:
             wanted = match_tree(
                 opened, None, select, rename, missing="error", unexpected="error", cast=False, reshape=False
@@ -170,11 +172,12 @@ def convert(
             leaves = [opened[opened.keys()[match.leaf]] for match in wanted.matches if match.leaf is not None]
             tree = wanted.unflatten(_forms(wanted.keys, leaves, to, wanted_dtype))
         if to == OWN_FORMAT:
-            context = SaveContext(on_progress=on_progress)
+            context = SaveContext(metadata=opened.metadata, on_progress=on_progress)
             options = SaveOptions(host_bytes_max=_HOST_BYTES_MAX)
             SaveJob(destination, tree, overwrite, context, options, is_blocking=True).run()
         else:
-            _verbs_of(to).write(destination, tree, overwrite=overwrite, on_progress=on_progress)
+            extras = _metadata_for(to, opened.metadata)
+            _verbs_of(to).write(destination, tree, overwrite=overwrite, on_progress=on_progress, **extras)
     problems = _verify(destination, to, on_progress)
     return Conversion(
         source=opened.path,
@@ -214,6 +217,14 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
     raise NotFoundError(
         "\n".join([f"no checkpoint of a known format ({', '.join(FORMATS)}) at {path!r}", *reasons])
     ) from not_found
+
+
+def _metadata_for(to: str, metadata: Any) -> dict[str, Any]:
+    """The argument that keeps a source's metadata, if the destination's format has something for it."""
+    if to != "safetensors" or not isinstance(metadata, dict):
+        return {}
+    are_texts = all(isinstance(text, str) for pair in metadata.items() for text in pair)
+    return {"metadata": metadata} if are_texts and metadata else {}
 
 
 def _floating_dtype(dtype: Any) -> np.dtype[Any]:

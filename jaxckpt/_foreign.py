@@ -91,7 +91,12 @@ class ForeignCheckpoint(abc.ABC):
     Args:
       path: Where it is.
       format_name: Name of the format, such as ``"TensorFlow V2"``; the attribute ``format``.
+
+    Attributes:
+      separator: What stands between the parts of a name.
     """
+
+    separator = "/"
 
     def __init__(self, path: str, format_name: str) -> None:
         self.path = path
@@ -130,6 +135,11 @@ class ForeignCheckpoint(abc.ABC):
     def aliases(self) -> Mapping[str, Sequence[str]]:
         """Other names of arrays, by the name that `leaves` has."""
         return {}
+
+    @property
+    def metadata(self) -> Any:
+        """What the file says beside its arrays; None where the format has no such thing."""
+        return None
 
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays, in the order of the file."""
@@ -265,9 +275,9 @@ class ForeignArray:
 # --- names ----------------------------------------------------------------------------------------------------
 
 
-def keys_of_names(names: Sequence[str]) -> list[str]:
+def keys_of_names(names: Sequence[str], separator: str = "/") -> list[str]:
     """The key that each name of a foreign file has in a tree; see `nest`."""
-    return ["/".join(map(_component, parts)) for parts in _split_names(names)]
+    return ["/".join(map(_component, parts)) for parts in _split_names(names, separator)]
 
 
 def nest(names: Sequence[str], leaves: Sequence[Any]) -> Any:
@@ -301,20 +311,20 @@ def _nest_keys(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
     return nested_dicts(places, leaves)
 
 
-def name_of_key(key: str) -> str:
+def name_of_key(key: str, separator: str = "/") -> str:
     """The name that has this key; `keys_of_names` reversed."""
-    return "/".join(str(unescape_component(component)) for component in key.split("/"))
+    return separator.join(str(unescape_component(component)) for component in key.split("/"))
 
 
-def _split_names(names: Sequence[str]) -> list[list[str]]:
+def _split_names(names: Sequence[str], separator: str = "/") -> list[list[str]]:
     """The parts of each name; where a name lies below another one, its last part begins beside that."""
     taken = set(names)
     split: list[list[str]] = []
     for name in names:
-        parts = name.split("/", _PARTS_MAX - 1)
+        parts = name.split(separator, _PARTS_MAX - 1)
         for end in range(1, len(parts)):
-            if "/".join(parts[:end]) in taken:
-                parts = [*parts[: end - 1], "/".join(parts[end - 1 :])]
+            if separator.join(parts[:end]) in taken:
+                parts = [*parts[: end - 1], separator.join(parts[end - 1 :])]
                 break
         split.append(parts)
     return split
@@ -328,10 +338,10 @@ def _dict_key(part: str) -> str | int:
     return int(part) if _INTEGER_KEY.fullmatch(part) else part
 
 
-def _file_key(name: str) -> str:
+def _file_key(name: str, separator: str = "/") -> str:
     """A name as a key that is nothing but escaped; unlike those of `keys_of_names` it may lie below another."""
-    parts = name.split("/")
-    return "/".join(part.replace("~", "~0") or "~e" for part in parts)
+    parts = name.split(separator)
+    return separator.join(part.replace("~", "~0").replace("/", "~1") or "~e" for part in parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -341,20 +351,23 @@ class _Names:
     Attributes:
       own: Forms of its name in the file; the first is its key.
       aliases: The others.
+      tree_key: The one that `keys_of_names` gives.
     """
 
     own: tuple[str, ...]
     aliases: tuple[str, ...]
+    tree_key: str
 
 
 def _names_by_leaf(checkpoint: ForeignCheckpoint) -> list[_Names]:
     """All keys that each leaf can be matched by."""
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
+    separator = checkpoint.separator
     found: list[_Names] = []
-    for name, tree_key in zip(names, keys_of_names(names), strict=True):
-        also = tuple(key for alias in aliases.get(name, ()) for key in (_file_key(alias), alias))
-        found.append(_Names((_file_key(name), tree_key, name), also))
+    for name, tree_key in zip(names, keys_of_names(names, separator), strict=True):
+        also = tuple(key for alias in aliases.get(name, ()) for key in (_file_key(alias, separator), alias))
+        found.append(_Names((_file_key(name, separator), tree_key, name), also, tree_key))
     return _without_ambiguity(found)
 
 
@@ -369,33 +382,51 @@ def _without_ambiguity(leaves: Sequence[_Names]) -> list[_Names]:
     found: list[_Names] = []
     for leaf in leaves:
         own = (leaf.own[0], *distinct(leaf.own[1:]))
-        found.append(_Names(own, tuple(name for name in distinct(leaf.aliases) if name not in own)))
+        aliases = tuple(name for name in distinct(leaf.aliases) if name not in own)
+        found.append(_Names(own, aliases, leaf.tree_key))
     return found
 
 
 def select_names(checkpoint: ForeignCheckpoint, select: Select, rename: Rename) -> dict[str, str]:
-    """For a conversion: the new name of each array that is selected, to the file's own.
+    """For a conversion: the new name of each array that is selected, to the file's own; `nest_selected` takes them.
 
     Raises:
       MismatchError: ``select`` or ``rename`` does not fit the names and aliases.
     """
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
-    leaves = _without_ambiguity([_Names((name,), tuple(aliases.get(name, ()))) for name in names])
-    keys = _choose_keys(leaves, None, rename)
+    if checkpoint.separator == "/":
+        leaves = [_Names((name,), tuple(aliases.get(name, ())), name) for name in names]
+    else:
+        leaves = _names_by_leaf(checkpoint)
+    leaves = _without_ambiguity(leaves)
+    keys = _choose_keys(leaves, None, rename, in_tree=checkpoint.separator != "/")
     renamed = rename_keys(keys, select_keys(keys, _select_leaves(leaves, select)), rename)
     return {new: names[leaf] for new, leaf in renamed.sources.items() if isinstance(leaf, int)}
 
 
-def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename) -> list[str]:
-    """What each leaf is called in a restore: the name that ``rename`` speaks of, or ``like`` has, or its key."""
+def nest_selected(checkpoint: ForeignCheckpoint, names: Sequence[str], leaves: Sequence[Any]) -> Any:
+    """A tree of dicts from the names that `select_names` gave."""
+    return nest(names, leaves) if checkpoint.separator == "/" else _nest_keys(names, leaves)
+
+
+def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename, *, in_tree: bool = False) -> list[str]:
+    """What each leaf is called in a restore: the name that ``rename`` speaks of, or ``like`` has, or its key.
+
+    Args:
+      leaves: Their names.
+      like: The wanted tree, or None.
+      rename: The rules.
+      in_tree: Whether a leaf of which neither speaks has the key in a tree of dicts.
+    """
     wanted = set() if like is None else set(flatten(like).keys)
     fits = _seeing_aliases_last(leaves, _tests_of_rules(rename))
     keys: list[str] = []
     for leaf in leaves:
         names = (*leaf.own, *leaf.aliases)
         renamed = next((name for name in names if fits(leaf, name)), None)
-        keys.append(renamed or next((name for name in names if name in wanted), leaf.own[0]))
+        known = next((name for name in names if name in wanted), None)
+        keys.append(renamed or known or (leaf.tree_key if in_tree else leaf.own[0]))
     return keys
 
 
@@ -465,7 +496,7 @@ def _select_leaves(leaves: Sequence[_Names], select: Select) -> Select:
     fits = _seeing_aliases_last(leaves, tests)
 
     def is_selected(key: str) -> bool:
-        leaf = leaf_of_name.get(key, _Names((key,), ()))
+        leaf = leaf_of_name.get(key, _Names((key,), (), key))
         return any(fits(leaf, name) for name in (*leaf.own, *leaf.aliases))
 
     return is_selected
@@ -577,13 +608,15 @@ class _Source:
 def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: Rename) -> _Source:
     names = _names_by_leaf(checkpoint)
     leaves = list(checkpoint.leaves().values())
+    # Renamed leaves without `like` are nested by their keys.
+    is_in_tree = checkpoint.separator != "/" and rename is not None and like is None
     manifest = Manifest(
         data="",
         created_s=0.0,
         writer={},
         metadata=None,
         nodes=[["dict", list(checkpoint.keys())], *[0] * len(leaves)],
-        keys=tuple(_choose_keys(names, like, rename)),
+        keys=tuple(_choose_keys(names, like, rename, in_tree=is_in_tree)),
         specs=tuple(_spec_of(leaf, has_like=like is not None) for leaf in leaves),
         spec_index=np.arange(len(leaves)),
         values={},

@@ -115,6 +115,10 @@ class Store(abc.ABC):
     def create(self, name: str, length: int) -> ObjectWriter:
         """Begins a new object."""
 
+    def create_replacement(self, name: str, length: int) -> ObjectWriter:
+        """Begins an object that takes the place of another when it is finished; until then that one stays."""
+        return self.create(name, length)  # which is not seen before it is finished
+
     @abc.abstractmethod
     def put(self, name: str, data: bytes) -> None:
         """Writes a small object whole and makes it durable."""

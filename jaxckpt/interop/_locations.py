@@ -25,9 +25,10 @@ import re
 
 from jaxckpt._errors import CheckpointError, NotFoundError, printable
 
+from ._files import SourceFile, corrupt
 from ._protobuf import WireError
 from ._savedslices import first_record
-from ._sstable import SourceFile, Table, corrupt
+from ._sstable import Table
 
 _STATE_NAME = "checkpoint"
 _MODEL_NAME = "saved_model.pb"
