@@ -48,6 +48,7 @@ from ._placement import Target, boxes_of
 from ._resharding import Destination
 from ._restoring import (
     choose_targets,
+    mappable_leaves,
     match_tree,
     place_leaf,
     plan_waves,
@@ -56,9 +57,13 @@ from ._restoring import (
 )
 from ._shardings import Box
 from ._storage import Buffer
+from ._values import encode_value
 
 # Names with more parts than this keep the rest in one: a file must not decide how deep a tree gets.
 _PARTS_MAX = 64
+
+# Memory that begins at a multiple of this becomes an array of JAX on CPU without a copy.
+_ALIGNMENT = 64
 
 _INTEGER_KEY = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
@@ -72,12 +77,14 @@ class ForeignLeaf:
       dtype: Type of the elements; None for strings of bytes, and for what NumPy has no type for.
       shape: Shape.
       stored_as: The format's own name of the dtype, such as ``"DT_FLOAT"``.
+      value: A Python or NumPy scalar, where the file has one and no array; it is restored as such.
     """
 
     key: str
     dtype: np.dtype[Any] | None
     shape: tuple[int, ...]
     stored_as: str = ""
+    value: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +98,14 @@ class ForeignCheckpoint(abc.ABC):
     Args:
       path: Where it is.
       format_name: Name of the format, such as ``"TensorFlow V2"``; the attribute ``format``.
+
+    Attributes:
+      separator: What stands between the parts of a name; None where names have none.
+      is_nested: Whether the names make up a tree, so that a restore without ``like`` gives nested dicts.
     """
+
+    separator: str | None = "/"
+    is_nested = False
 
     def __init__(self, path: str, format_name: str) -> None:
         self.path = path
@@ -127,13 +141,27 @@ class ForeignCheckpoint(abc.ABC):
     def close(self) -> None:
         """Closes the files."""
 
+    def view(self, key: str) -> np.ndarray[Any, Any] | None:
+        """An array that shows the file itself, or None where that cannot be; nothing is read."""
+        del key
+        return None
+
     def aliases(self) -> Mapping[str, Sequence[str]]:
         """Other names of arrays, by the name that `leaves` has."""
         return {}
 
+    @property
+    def metadata(self) -> Any:
+        """What the file says beside its arrays; None where the format has no such thing."""
+        return None
+
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays, in the order of the file."""
         return tuple(self.leaves())
+
+    def tree_keys(self) -> Sequence[str]:
+        """The key that each array has in a tree of dicts, in the order of `keys`."""
+        return keys_of_names(self.keys(), self.separator)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name."""
@@ -237,6 +265,11 @@ class ForeignArray:
         """Bytes of the array; 0 for strings."""
         return self._leaf.nbytes
 
+    @property
+    def value(self) -> Any:
+        """A Python or NumPy scalar, where the file has one and no array; else None."""
+        return self._leaf.value
+
     def __repr__(self) -> str:
         return f"ForeignArray({self.key!r}, {self.dtype or 'strings'}, {self.shape})"
 
@@ -265,9 +298,9 @@ class ForeignArray:
 # --- names ----------------------------------------------------------------------------------------------------
 
 
-def keys_of_names(names: Sequence[str]) -> list[str]:
+def keys_of_names(names: Sequence[str], separator: str | None = "/") -> list[str]:
     """The key that each name of a foreign file has in a tree; see `nest`."""
-    return ["/".join(map(_component, parts)) for parts in _split_names(names)]
+    return ["/".join(map(_component, parts)) for parts in _split_names(names, separator)]
 
 
 def nest(names: Sequence[str], leaves: Sequence[Any]) -> Any:
@@ -301,20 +334,22 @@ def _nest_keys(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
     return nested_dicts(places, leaves)
 
 
-def name_of_key(key: str) -> str:
-    """The name that has this key; `keys_of_names` reversed."""
-    return "/".join(str(unescape_component(component)) for component in key.split("/"))
+def name_of_key(key: str, separator: str | None = "/") -> str:
+    """The name that has this key; `keys_of_names` reversed. Without a separator there is none between the parts."""
+    return (separator or "").join(str(unescape_component(component)) for component in key.split("/"))
 
 
-def _split_names(names: Sequence[str]) -> list[list[str]]:
+def _split_names(names: Sequence[str], separator: str | None = "/") -> list[list[str]]:
     """The parts of each name; where a name lies below another one, its last part begins beside that."""
+    if separator is None:
+        return [[name] for name in names]
     taken = set(names)
     split: list[list[str]] = []
     for name in names:
-        parts = name.split("/", _PARTS_MAX - 1)
+        parts = name.split(separator, _PARTS_MAX - 1)
         for end in range(1, len(parts)):
-            if "/".join(parts[:end]) in taken:
-                parts = [*parts[: end - 1], "/".join(parts[end - 1 :])]
+            if separator.join(parts[:end]) in taken:
+                parts = [*parts[: end - 1], separator.join(parts[end - 1 :])]
                 break
         split.append(parts)
     return split
@@ -328,10 +363,10 @@ def _dict_key(part: str) -> str | int:
     return int(part) if _INTEGER_KEY.fullmatch(part) else part
 
 
-def _file_key(name: str) -> str:
+def _file_key(name: str, separator: str | None = "/") -> str:
     """A name as a key that is nothing but escaped; unlike those of `keys_of_names` it may lie below another."""
-    parts = name.split("/")
-    return "/".join(part.replace("~", "~0") or "~e" for part in parts)
+    parts = [name] if separator is None else name.split(separator)
+    return (separator or "").join(part.replace("~", "~0").replace("/", "~1") or "~e" for part in parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -341,20 +376,23 @@ class _Names:
     Attributes:
       own: Forms of its name in the file; the first is its key.
       aliases: The others.
+      tree_key: The one that `keys_of_names` gives.
     """
 
     own: tuple[str, ...]
     aliases: tuple[str, ...]
+    tree_key: str
 
 
 def _names_by_leaf(checkpoint: ForeignCheckpoint) -> list[_Names]:
     """All keys that each leaf can be matched by."""
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
+    separator = checkpoint.separator
     found: list[_Names] = []
-    for name, tree_key in zip(names, keys_of_names(names), strict=True):
-        also = tuple(key for alias in aliases.get(name, ()) for key in (_file_key(alias), alias))
-        found.append(_Names((_file_key(name), tree_key, name), also))
+    for name, tree_key in zip(names, checkpoint.tree_keys(), strict=True):
+        also = tuple(key for alias in aliases.get(name, ()) for key in (_file_key(alias, separator), alias))
+        found.append(_Names((_file_key(name, separator), tree_key, name), also, tree_key))
     return _without_ambiguity(found)
 
 
@@ -369,33 +407,50 @@ def _without_ambiguity(leaves: Sequence[_Names]) -> list[_Names]:
     found: list[_Names] = []
     for leaf in leaves:
         own = (leaf.own[0], *distinct(leaf.own[1:]))
-        found.append(_Names(own, tuple(name for name in distinct(leaf.aliases) if name not in own)))
+        aliases = tuple(name for name in distinct(leaf.aliases) if name not in own)
+        found.append(_Names(own, aliases, leaf.tree_key))
     return found
 
 
 def select_names(checkpoint: ForeignCheckpoint, select: Select, rename: Rename) -> dict[str, str]:
-    """For a conversion: the new name of each array that is selected, to the file's own.
+    """For a conversion: the new name of each array that is selected, to the file's own; `nest_selected` takes them.
 
     Raises:
       MismatchError: ``select`` or ``rename`` does not fit the names and aliases.
     """
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
-    leaves = _without_ambiguity([_Names((name,), tuple(aliases.get(name, ()))) for name in names])
-    keys = _choose_keys(leaves, None, rename)
+    if checkpoint.is_nested:
+        leaves = _names_by_leaf(checkpoint)
+    else:
+        leaves = _without_ambiguity([_Names((name,), tuple(aliases.get(name, ())), name) for name in names])
+    keys = _choose_keys(leaves, None, rename, in_tree=checkpoint.is_nested)
     renamed = rename_keys(keys, select_keys(keys, _select_leaves(leaves, select)), rename)
     return {new: names[leaf] for new, leaf in renamed.sources.items() if isinstance(leaf, int)}
 
 
-def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename) -> list[str]:
-    """What each leaf is called in a restore: the name that ``rename`` speaks of, or ``like`` has, or its key."""
+def nest_selected(checkpoint: ForeignCheckpoint, names: Sequence[str], leaves: Sequence[Any]) -> Any:
+    """A tree of dicts from the names that `select_names` gave."""
+    return _nest_keys(names, leaves) if checkpoint.is_nested else nest(names, leaves)
+
+
+def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename, *, in_tree: bool = False) -> list[str]:
+    """What each leaf is called in a restore: the name that ``rename`` speaks of, or ``like`` has, or its key.
+
+    Args:
+      leaves: Their names.
+      like: The wanted tree, or None.
+      rename: The rules.
+      in_tree: Whether a leaf of which neither speaks has the key in a tree of dicts.
+    """
     wanted = set() if like is None else set(flatten(like).keys)
     fits = _seeing_aliases_last(leaves, _tests_of_rules(rename))
     keys: list[str] = []
     for leaf in leaves:
         names = (*leaf.own, *leaf.aliases)
         renamed = next((name for name in names if fits(leaf, name)), None)
-        keys.append(renamed or next((name for name in names if name in wanted), leaf.own[0]))
+        known = next((name for name in names if name in wanted), None)
+        keys.append(renamed or known or (leaf.tree_key if in_tree else leaf.own[0]))
     return keys
 
 
@@ -465,7 +520,7 @@ def _select_leaves(leaves: Sequence[_Names], select: Select) -> Select:
     fits = _seeing_aliases_last(leaves, tests)
 
     def is_selected(key: str) -> bool:
-        leaf = leaf_of_name.get(key, _Names((key,), ()))
+        leaf = leaf_of_name.get(key, _Names((key,), (), key))
         return any(fits(leaf, name) for name in (*leaf.own, *leaf.aliases))
 
     return is_selected
@@ -486,12 +541,14 @@ def restore_foreign(
     unexpected: str = "error",
     cast: bool = False,
     reshape: bool = False,
+    mmap: bool = False,
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
     """Restores a foreign checkpoint; what a ``read`` of `jaxckpt.interop` does.
 
-    Without ``like`` the result is ``{name: array}`` by the file's own names; with ``rename``, nested dicts.
+    Without ``like`` the result is nested dicts if the names make up a tree, or with ``rename``; else ``{name: array}``
+    by the file's own names.
     With ``like``, its keys are matched with the names of the arrays, or with their aliases.
 
     Arrays come back as `jax.Array`, uncommitted unless ``mesh``, ``sharding`` or ``like`` say where they shall be.
@@ -510,6 +567,7 @@ def restore_foreign(
       unexpected: As for `jaxckpt.restore`.
       cast: As for `jaxckpt.restore`.
       reshape: As for `jaxckpt.restore`.
+      mmap: Whether arrays on CPU may show the file itself, where the format and their places in the file allow that.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 
@@ -526,6 +584,8 @@ def restore_foreign(
     began_s = time.perf_counter()
     options = options or RestoreOptions()
     bytes_before = checkpoint.bytes_read
+    if rename is None and like is None and checkpoint.is_nested:
+        rename = []  # renames nothing, and gives nested dicts
     source = _describe(checkpoint, like, select, rename)
     wanted = match_tree(
         source,
@@ -539,13 +599,20 @@ def restore_foreign(
         nest=_nest_keys,
     )
     targets = choose_targets(source, wanted, mesh, sharding)
-    tree = wanted.fill(_read_targets(source, targets, options))
+    mapped: set[int] | None = set() if mmap else None
+    tree = wanted.fill(_read_targets(source, targets, options, mapped))
     if not report:
         return tree
     bytes_read = checkpoint.bytes_read - bytes_before
     seconds = time.perf_counter() - began_s
     return tree, report_restore(
-        source, wanted, targets, bytes_read=bytes_read, group_bytes_read=bytes_read, seconds=seconds
+        source,
+        wanted,
+        targets,
+        bytes_read=bytes_read,
+        group_bytes_read=bytes_read,
+        seconds=seconds,
+        mapped=mapped or (),
     )
 
 
@@ -583,10 +650,12 @@ def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: 
         writer={},
         metadata=None,
         nodes=[["dict", list(checkpoint.keys())], *[0] * len(leaves)],
-        keys=tuple(_choose_keys(names, like, rename)),
+        keys=tuple(_choose_keys(names, like, rename, in_tree=checkpoint.is_nested)),
         specs=tuple(_spec_of(leaf, has_like=like is not None) for leaf in leaves),
         spec_index=np.arange(len(leaves)),
-        values={},
+        values={
+            number: encode_value(leaf.value) for number, leaf in enumerate(leaves) if leaf.value is not None
+        },
         shardings=(),
         directories={},
         packs=(),
@@ -597,6 +666,8 @@ def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: 
 
 
 def _spec_of(leaf: ForeignLeaf, *, has_like: bool) -> LeafSpec:
+    if leaf.value is not None:
+        return LeafSpec("value")
     if leaf.dtype is None:
         return LeafSpec("strings", shape=leaf.shape)
     # Most files have a step of 64 bits; that JAX cannot have it must not keep anybody from reading the rest.
@@ -605,17 +676,30 @@ def _spec_of(leaf: ForeignLeaf, *, has_like: bool) -> LeafSpec:
     return LeafSpec(kind, describe_dtype(leaf.dtype), leaf.shape, committed=False)
 
 
-def _read_targets(source: _Source, targets: dict[int, Target], options: RestoreOptions) -> dict[int, Any]:
-    """Reads and places what is wanted, by number. All damage is raised at once."""
+def _read_targets(
+    source: _Source, targets: dict[int, Target], options: RestoreOptions, mapped: set[int] | None
+) -> dict[int, Any]:
+    """Reads and places what is wanted, by number. All damage is raised at once.
+
+    Args:
+      source: Where from.
+      targets: What is wanted.
+      options: How.
+      mapped: Given where arrays may show the file; gets the leaves of which they do.
+    """
     restored: dict[int, Any] = {}
     problems: list[Problem] = []
     derived = {number: target for number, target in targets.items() if target.derivation is not None}
     whole = {number: target for number, target in targets.items() if target.derivation is None}
+    views = {} if mapped is None else _views_of(source, whole)
+    if mapped is not None:
+        mapped.update(views)
     waves = plan_waves(source.manifest, whole, resolve_host_bytes_max(options.host_bytes_max))
     with concurrent.futures.ThreadPoolExecutor(options.io_threads, "jaxckpt-read") as executor:
         for wave in waves:
             try:
-                restored |= _read_wave(source, {number: whole[number] for number in wave}, executor, problems)
+                wanted = {number: whole[number] for number in wave}
+                restored |= _read_wave(source, wanted, views, executor, problems)
             except BaseException:
                 executor.shutdown(cancel_futures=True)
                 raise
@@ -630,9 +714,20 @@ def _read_targets(source: _Source, targets: dict[int, Target], options: RestoreO
     return restored
 
 
+def _views_of(source: _Source, targets: dict[int, Target]) -> dict[int, np.ndarray[Any, Any]]:
+    """The leaves that are not read, since arrays can show the file: on CPU, where JAX takes memory as it is."""
+    views: dict[int, np.ndarray[Any, Any]] = {}
+    for leaf in mappable_leaves(source.manifest, targets):
+        view = source.checkpoint.view(source.leaves[leaf].key)
+        if view is not None and view.size and view.ctypes.data % _ALIGNMENT == 0:
+            views[leaf] = view
+    return views
+
+
 def _read_wave(
     source: _Source,
     targets: dict[int, Target],
+    views: dict[int, np.ndarray[Any, Any]],
     executor: concurrent.futures.Executor,
     problems: list[Problem],
 ) -> dict[int, Any]:
@@ -642,8 +737,11 @@ def _read_wave(
     for number, target in targets.items():
         numbers_of_leaf.setdefault(target.leaf, []).append(number)
     reads = [
-        (numbers, executor.submit(_read_leaf, source, [targets[number] for number in numbers]))
-        for numbers in numbers_of_leaf.values()
+        (
+            numbers,
+            executor.submit(_read_leaf, source, [targets[number] for number in numbers], views.get(leaf)),
+        )
+        for leaf, numbers in numbers_of_leaf.items()
     ]
     reads.reverse()
     while reads:
@@ -664,15 +762,21 @@ def _noting_damage(source: _Source, target: Target, problems: list[Problem]) -> 
         problems.extend(error.problems or [Problem(key, "checksum", str(error))])
 
 
-def _read_leaf(source: _Source, targets: Sequence[Target]) -> dict[Box, np.ndarray[Any, Any]]:
-    """The distinct boxes that targets need of a leaf."""
+def _read_leaf(
+    source: _Source, targets: Sequence[Target], view: np.ndarray[Any, Any] | None
+) -> dict[Box, np.ndarray[Any, Any]]:
+    """The distinct boxes that targets need of a leaf, read or cut from a view of it."""
     number = targets[0].leaf
     spec = source.manifest.spec(number)
     rank = len(spec.shape)
     whole: Box = ((0,) * rank, spec.shape)
+    if spec.kind == "value":
+        return {}
     if spec.kind == "strings":
         return {whole: source.read_box(number, whole)}
     boxes = {(lo[:rank], hi[:rank]) for target in targets for lo, hi in boxes_of(target, spec)}
+    if view is not None:
+        return {box: view[tuple(map(slice, *box))] for box in boxes}
     elements = sum(math.prod(stop - start for start, stop in zip(*box, strict=True)) for box in boxes)
     if elements < math.prod(spec.shape):
         return {box: source.read_box(number, box) for box in boxes}
@@ -696,7 +800,8 @@ def _place(source: _Source, targets: Sequence[Target], parts: dict[Box, np.ndarr
             elements = part.copy() if placed else np.ascontiguousarray(part)
             buffer = elements.reshape(-1).view(np.uint8) if part.size else None
             destinations.append(Destination(target.leaf, (lo, hi), part.nbytes, 0, buffer))
-        placed.append(place_leaf(source, target, None, destinations))
+        value = source.manifest.values.get(target.leaf)
+        placed.append(place_leaf(source, target, value, destinations))
     return placed
 
 

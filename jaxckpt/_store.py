@@ -25,7 +25,7 @@ import re
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import numpy as np
@@ -110,6 +110,25 @@ class LocalStore(Store):
         is_direct = self._is_direct and length >= _DIRECT_BYTES_MIN
         return _LocalWriter(self._kernel, self._claim(name), length, is_direct)
 
+    def create_replacement(self, name: str, length: int) -> ObjectWriter:
+        temporary = temporary_name(name)
+        writer = self.create(temporary, length)
+        return _LocalReplacement(
+            writer,
+            functools.partial(self._replace, temporary, name),
+            functools.partial(self._forget, temporary),
+        )
+
+    def _replace(self, temporary: str, name: str) -> None:
+        target = os.path.join(self.path, name)
+        self._kernel.rename(os.path.join(self.path, temporary), target)
+        self.sync()
+        self._sync_directory(os.path.dirname(target))
+
+    def _forget(self, temporary: str) -> None:
+        with contextlib.suppress(OSError):  # the failure that matters is the one that led here
+            self._kernel.unlink(os.path.join(self.path, temporary))
+
     def put(self, name: str, data: bytes) -> None:
         writer = _LocalWriter(self._kernel, self._claim(name), len(data), False)
         try:
@@ -160,6 +179,9 @@ class LocalStore(Store):
 
     def has_length(self, name: str, length: int) -> bool:
         return os.stat(os.path.join(self.path, name)).st_size == length
+
+    def length(self, name: str) -> int:
+        return os.stat(os.path.join(self.path, name)).st_size
 
     def read(self, name: str, bytes_max: int) -> bytes:
         with open(os.path.join(self.path, name), "rb") as file:
@@ -422,6 +444,33 @@ class _LocalWriter(ObjectWriter):
         if self._descriptor >= 0:
             self._kernel.close(self._descriptor)
             self._descriptor = -1
+
+
+@final
+class _LocalReplacement(ObjectWriter):
+    """A file that is written under another name first.
+
+    Args:
+      writer: Writes it.
+      replace: Gives it its name.
+      forget: Deletes it.
+    """
+
+    def __init__(self, writer: ObjectWriter, replace: Callable[[], None], forget: Callable[[], None]) -> None:
+        self._writer = writer
+        self._replace = replace
+        self._forget = forget
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self._writer.write(offset, data)
+
+    def finish(self) -> None:
+        self._writer.finish()
+        self._replace()
+
+    def abandon(self) -> None:
+        self._writer.abandon()
+        self._forget()
 
 
 _thread_buffers = threading.local()

@@ -33,7 +33,8 @@ import jaxckpt
 from jaxckpt._progress import Progress, ProgressMeter
 from jaxckpt._store import LocalStore
 from jaxckpt.interop import tensorflow
-from jaxckpt.interop._sstable import SourceFile, Table, encode_table
+from jaxckpt.interop._files import SourceFile
+from jaxckpt.interop._sstable import Table, encode_table
 from jaxckpt.interop._writing import plan_tensors, write_files
 
 from .helpers import make_mesh

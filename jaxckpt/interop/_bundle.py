@@ -40,6 +40,7 @@ from jaxckpt._errors import CorruptError, FormatError, NotFoundError
 
 from ._crc import crc32c, extend, mask
 from ._datatypes import DataType, data_type
+from ._files import SourceFile, corrupt, read_box
 from ._partitions import (
     Array,
     Extents,
@@ -52,7 +53,7 @@ from ._partitions import (
     whole_extents,
 )
 from ._protobuf import WireError, content, fields, number, read_varint
-from ._sstable import SourceFile, Table, corrupt
+from ._sstable import Table
 
 # The version of the format that this module reads.
 _READER_VERSION = 1
@@ -60,8 +61,6 @@ _SHARDS_MAX = 99999
 
 # Bytes that are read at once when a checksum is made of them: enough for `extend`, and they stay in the cache.
 _PIECE_BYTES = 4 << 20
-# Reading this many bytes takes as long as asking for bytes elsewhere.
-_SEEK_BYTES = 32 << 10
 
 
 @final
@@ -151,7 +150,9 @@ class Bundle(TensorSource):
             return self._read_whole(key, record)
         if self._verify_slices and key not in self._verified:
             self._verify(key, record)
-        return self._read_box(record, lo, hi)
+        return self._to_native(
+            read_box(self._shard(record.shard), record.offset, record.shape, _dtype_of(record), lo, hi)
+        )
 
     def stream_part(self, tensor: Tensor, part: int, first: int, last: int) -> Array:
         key = self._part_key(tensor, part)
@@ -260,31 +261,6 @@ class Bundle(TensorSource):
         )
         return corrupt(path, "checksum", message, text)
 
-    def _read_box(self, record: _Record, lo: tuple[int, ...], hi: tuple[int, ...]) -> Array:
-        """A box of a record, not verified; reads its bytes, and gaps between them where that saves time."""
-        dtype = _dtype_of(record)
-        box = np.empty(tuple(stop - start for start, stop in zip(lo, hi, strict=True)), dtype)
-        if box.size == 0:
-            return box
-        source = self._shard(record.shard)
-        strides = [math.prod(record.shape[axis + 1 :]) * dtype.itemsize for axis in range(len(lo))]
-        depth = _split_axis(lo, hi, strides, dtype.itemsize)
-        # One read for each index of the axes before `depth`, and along that axis for as many rows as fit a piece.
-        rows_max = max(1, _PIECE_BYTES // strides[depth])
-        for index in np.ndindex(box.shape[:depth]):
-            outer = sum((lo[axis] + at) * strides[axis] for axis, at in enumerate(index))
-            for row in range(0, box.shape[depth], rows_max):
-                target = box[index][row : row + rows_max]
-                start = outer + (lo[depth] + row) * strides[depth]
-                start += sum(lo[axis] * strides[axis] for axis in range(depth + 1, len(lo)))
-                last = sum(
-                    (size - 1) * stride for size, stride in zip(target.shape, strides[depth:], strict=True)
-                )
-                data = np.empty(last + dtype.itemsize, np.uint8)
-                source.read_into(record.offset + start, data)
-                target[...] = np.ndarray(target.shape, dtype, data, strides=strides[depth:])
-        return self._to_native(box)
-
     def _to_native(self, data: Array) -> Array:
         """Turns the bytes of elements around, in place, where the bundle has the other order."""
         width = data.dtype.itemsize // (2 if data.dtype.kind == "c" else 1)
@@ -384,17 +360,3 @@ def _parse_lengths(data: memoryview, count: int) -> tuple[list[int], int]:
 def _dtype_of(record: _Record) -> np.dtype[Any]:
     assert record.data_type.dtype is not None
     return record.data_type.dtype
-
-
-def _split_axis(lo: tuple[int, ...], hi: tuple[int, ...], strides: list[int], itemsize: int) -> int:
-    """The axis below which a box is read in one go: the one at which reads and bytes together cost least."""
-    costs: list[int] = []
-    reads = 1
-    for axis in range(len(lo)):
-        span = itemsize + sum(
-            (stop - start - 1) * stride
-            for start, stop, stride in zip(lo[axis:], hi[axis:], strides[axis:], strict=True)
-        )
-        costs.append(reads * (_SEEK_BYTES + span))
-        reads *= hi[axis] - lo[axis]
-    return costs.index(min(costs))

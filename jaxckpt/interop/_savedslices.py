@@ -32,6 +32,7 @@ from jaxckpt._errors import FormatError
 
 from . import _datatypes as types
 from ._datatypes import DataType, data_type
+from ._files import SourceFile, corrupt
 from ._partitions import (
     Array,
     Extents,
@@ -43,7 +44,7 @@ from ._partitions import (
     slice_key,
 )
 from ._protobuf import WireError, content, encode_varint, fields, number
-from ._sstable import SourceFile, Table, corrupt
+from ._sstable import Table
 
 # The version of the format that this module reads.
 _READER_VERSION = 1

@@ -25,18 +25,13 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import os
-import stat
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, final
-
-import numpy as np
-
-from jaxckpt._errors import CheckpointError, CorruptError, NotFoundError, Problem
+from collections.abc import Iterable, Iterator
+from typing import final
 
 from ._crc import crc32c, mask, unmask
+from ._files import SourceFile, corrupt
 from ._protobuf import WireError, encode_varint, read_varint
 
 FOOTER_BYTES = 48
@@ -53,84 +48,6 @@ _KEPT_BYTES_MAX = 1 << 20
 _SNAPPY_RATIO_MAX = 22
 # TensorFlow writes a key in full every 16 entries, so that keys take at most 16 times the bytes of their block.
 _KEYS_RATIO_MAX = 64
-
-
-def corrupt(path: str, kind: str, message: str, key: str | None = None) -> CorruptError:
-    """The error for damage in a file, with its one problem; see `jaxckpt.Problem` for the kinds."""
-    return CorruptError(f"{path}: {message}", [Problem(key, kind, f"{path}: {message}")])
-
-
-@final
-class SourceFile:
-    """A file that is read at places, from any thread; never past its end.
-
-    Args:
-      path: Its path.
-      count: Is told how many bytes were asked for.
-    """
-
-    def __init__(self, path: str, count: Callable[[int], None]) -> None:
-        self.path = path
-        self._count = count
-        try:
-            # Without O_NONBLOCK, opening a pipe would wait for somebody who writes into it.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            found = os.fstat(self._descriptor)
-        except FileNotFoundError as error:
-            raise NotFoundError(f"there is no file {path!r}") from error
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path!r}: {error.strerror or error}") from error
-        if not stat.S_ISREG(found.st_mode):
-            raise corrupt(path, "unreadable", "is no regular file")
-        self.size = found.st_size
-
-    def read(self, offset: int, length: int) -> memoryview:
-        """Bytes from an offset on.
-
-        Raises:
-          CorruptError: The file has less.
-        """
-        buffer = np.empty(self._check(offset, length), np.uint8)
-        self.read_into(offset, buffer)
-        return memoryview(buffer)
-
-    def read_into(self, offset: int, buffer: np.ndarray[Any, Any]) -> None:
-        """Fills a contiguous array with the bytes from an offset on.
-
-        Raises:
-          CorruptError: The file has less.
-        """
-        self._check(offset, buffer.nbytes)
-        self._count(buffer.nbytes)
-        rest = memoryview(buffer.reshape(-1).view(np.uint8))
-        while rest:
-            try:
-                done = os.preadv(self._descriptor, [rest], offset)
-            except OSError as error:
-                message = f"cannot be read at byte {offset}: {error.strerror or error}"
-                raise corrupt(self.path, "unreadable", message) from error
-            if done == 0:
-                raise corrupt(self.path, "length", f"ends at byte {offset}, while it is read")
-            rest = rest[done:]
-            offset += done
-
-    def close(self) -> None:
-        """Closes the file; it can't be read any more."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            self.close()
-
-    def _check(self, offset: int, length: int) -> int:
-        if self._descriptor < 0:
-            raise ValueError(f"{self.path!r} is closed")
-        if offset < 0 or length < 0 or offset + length > self.size:
-            message = f"has {self.size} bytes, but bytes [{offset}, {offset + length}) must be there"
-            raise corrupt(self.path, "length", message)
-        return length
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,13 +27,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, final
+from typing import Any
 
-import jax
 import numpy as np
 
 from jaxckpt._config import PIECE_BYTES
@@ -46,17 +44,13 @@ from jaxckpt._errors import (
     list_problems,
     printable_key,
 )
-from jaxckpt._foreign import ForeignArray, name_of_key
+from jaxckpt._foreign import name_of_key
 from jaxckpt._keys import flatten
-from jaxckpt._layout import Run, contiguous_runs, intersect
-from jaxckpt._leaves import StreamedArray, inspect_leaves
 from jaxckpt._progress import Progress, ProgressMeter
-from jaxckpt._reading import StoredLeaf
-from jaxckpt._shardings import Box, local_boxes
-from jaxckpt._storage import Buffer, ObjectWriter, Store, allocate_aligned
+from jaxckpt._storage import Buffer, Store
 from jaxckpt._store import open_store
-from jaxckpt._viewing import read_shard
 
+from ._arrays import RefusedError, StringContents, WriteBuffer, contents_of
 from ._crc import crc32c, extend, mask
 from ._datatypes import NUMBER_OF_DTYPE, STRING
 from ._protobuf import encode_bytes, encode_fixed32, encode_number, encode_varint
@@ -88,10 +82,6 @@ class Tensor:
     shape: tuple[int, ...]
     nbytes: int
     pieces: Callable[[], Iterator[tuple[Buffer, Buffer]]]
-
-
-class _RefusedError(Exception):
-    """Says why a leaf cannot be written and what to do."""
 
 
 def write(
@@ -211,7 +201,7 @@ def _write_data(
     entries: list[tuple[bytes, bytes]] = []
     offset = 0
     try:
-        buffer = _WriteBuffer(writer)
+        buffer = WriteBuffer(writer)
         for tensor in tensors:
             checksum = 0
             for stored, checked in tensor.pieces():
@@ -252,33 +242,6 @@ def _encode_state(base: str) -> bytes:
     return f'model_checkpoint_path: "{escaped}"\nall_model_checkpoint_paths: "{escaped}"\n'.encode()
 
 
-@final
-class _WriteBuffer:
-    """Gathers pieces of any length into those that an `ObjectWriter` takes."""
-
-    def __init__(self, writer: ObjectWriter) -> None:
-        self._writer = writer
-        self._buffer = allocate_aligned(PIECE_BYTES)
-        self._filled = 0
-        self.offset = 0
-
-    def append(self, data: Buffer) -> None:
-        """Adds bytes behind the others."""
-        while len(data):
-            part = data[: len(self._buffer) - self._filled]
-            self._buffer[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            self.offset += len(part)
-            if self._filled == len(self._buffer):
-                self.flush()
-            data = data[len(part) :]
-
-    def flush(self) -> None:
-        """Writes what is gathered; only the last time it may be less than a buffer."""
-        self._writer.write(self.offset - self._filled, self._buffer[: self._filled])
-        self._filled = 0
-
-
 # --- tensors --------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +258,7 @@ def plan_tensors(tree: Any, prefix: str) -> list[Tensor]:
     for key, leaf in zip(flat.keys, flat.leaves, strict=True):
         try:
             tensor = _plan_tensor(_encode_name(key), leaf)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             problems.append(Problem(key, "leaf", str(refusal)))
             continue
         tensors.append(tensor)
@@ -317,117 +280,25 @@ def plan_tensors(tree: Any, prefix: str) -> list[Tensor]:
 def _encode_name(key: str) -> bytes:
     name = name_of_key(key)
     if not name:
-        raise _RefusedError("has no name: TensorFlow reads tensors by name; put the leaf into a dict")
+        raise RefusedError("has no name: TensorFlow reads tensors by name; put the leaf into a dict")
     try:
         return name.encode("utf-8", "surrogateescape")  # as names of files that are no text are read
     except UnicodeEncodeError as error:
-        raise _RefusedError(f"has a name that is no text: {error}") from error
+        raise RefusedError(f"has a name that is no text: {error}") from error
 
 
 def _plan_tensor(name: bytes, leaf: Any) -> Tensor:
-    if isinstance(leaf, (StoredLeaf, ForeignArray)):
-        return _plan_stored(name, leaf)
-    if isinstance(leaf, StreamedArray):
-        read, dtype = leaf.read, leaf.dtype
-        return _plan_array(name, leaf.shape, dtype, lambda run: read(run.lo, run.hi).view(dtype))
-    if isinstance(leaf, jax.Array):
-        data = _inspected(leaf)
-        return _plan_array(name, data.shape, np.dtype(data.dtype), _shard_reader(data))
-    if isinstance(leaf, (str, bytes)):  # NumPy's own strings are these too
-        return _plan_strings(name, (), [leaf])
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUT":
-        return _plan_strings(name, leaf.shape, leaf.reshape(-1).tolist())
-    is_scalar = isinstance(leaf, (int, float, complex, np.generic))
-    array = _scalar_array(leaf) if is_scalar else _inspected(leaf)
-    return _plan_array(name, array.shape, array.dtype, lambda run: array[tuple(map(slice, *run.box))])
-
-
-def _plan_stored(name: bytes, leaf: StoredLeaf | ForeignArray) -> Tensor:
-    """The tensor for a leaf of an open checkpoint: read in order, and verified."""
-    if isinstance(leaf, StoredLeaf):
-        if leaf.kind not in ("array", "numpy", "key"):
-            return _plan_tensor(name, leaf[...])
-        return _plan_array(name, leaf.spec.shape, leaf.spec.np_dtype, lambda run: leaf.read_box(run.box))
-    dtype = leaf.dtype
-    if dtype is not None:
-        checkpoint = leaf.checkpoint
-        return _plan_array(
-            name,
-            leaf.shape,
-            dtype,
-            lambda run: np.frombuffer(checkpoint.stream(leaf.key, run.lo, run.hi), dtype),
-        )
-    try:
-        return _plan_tensor(name, leaf[...])
-    except UnsupportedLeafError as error:
-        raise _RefusedError(str(error)) from error
-
-
-def _inspected(leaf: Any) -> Any:
-    """The array that holds the bytes of a leaf, as `jaxckpt.save` stores it."""
-    try:
-        (array,) = inspect_leaves([""], [leaf]).arrays
-    except UnsupportedLeafError as error:
-        raise _RefusedError(error.problems[0].message) from error
-    return array
-
-
-def _scalar_array(leaf: complex | np.generic) -> Array:
-    if not isinstance(leaf, int) or isinstance(leaf, bool):
-        return np.asarray(leaf)
-    try:
-        return np.asarray(leaf, np.int64)
-    except OverflowError as error:
-        raise _RefusedError("is an integer that does not fit into 64 bits") from error
-
-
-def _shard_reader(data: jax.Array) -> Callable[[Run], Array]:
-    """Reads parts of an array from the shards that hold them.
-
-    Raises:
-      _RefusedError: Other processes hold some of it.
-    """
-    number_of_box: dict[Box, int] = {}
-    for number, (_, box) in enumerate(local_boxes(data.sharding, data.shape)):
-        number_of_box.setdefault(box, number)
-    sizes = [math.prod(stop - start for start, stop in zip(*box, strict=True)) for box in number_of_box]
-    if sum(sizes) != data.size:
-        raise _RefusedError(
-            "is spread over several processes, and one process writes the files; gather it first "
-            "(jax.experimental.multihost_utils.process_allgather)"
-        )
-
-    def read_run(run: Run) -> Array:
-        found = np.empty(run.sizes, data.dtype)
-        for box, number in number_of_box.items():
-            shared = intersect(run.box, box)
-            if shared is not None:
-                place = tuple(map(slice, *_relative(shared, run.box[0])))
-                found[place] = read_shard(data, number, _relative(shared, box[0]))
-        return found
-
-    return read_run
-
-
-def _relative(box: Box, origin: tuple[int, ...]) -> Box:
-    """A box as it is seen from an origin."""
-    lo, hi = (tuple(place - start for place, start in zip(corner, origin, strict=True)) for corner in box)
-    return lo, hi
-
-
-def _plan_array(
-    name: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], read_run: Callable[[Run], Array]
-) -> Tensor:
-    native = dtype.newbyteorder("=")
-    if native not in NUMBER_OF_DTYPE:
-        raise _RefusedError(f"has the dtype {dtype}, which TensorFlow lacks; convert it to another one")
+    found = contents_of(leaf)
+    if isinstance(found, StringContents):
+        return _plan_strings(name, found.shape, found.strings)
+    if found.dtype not in NUMBER_OF_DTYPE:
+        raise RefusedError(f"has the dtype {found.dtype}, which TensorFlow lacks; convert it to another one")
 
     def pieces() -> Iterator[tuple[Buffer, Buffer]]:
-        for run in contiguous_runs(shape, native.itemsize, _RUN_BYTES):
-            data = np.ascontiguousarray(read_run(run), native).reshape(-1).view(np.uint8)
+        for data in found.pieces():
             yield data, data
 
-    return Tensor(name, NUMBER_OF_DTYPE[native], shape, math.prod(shape) * native.itemsize, pieces)
+    return Tensor(name, NUMBER_OF_DTYPE[found.dtype], found.shape, found.nbytes, pieces)
 
 
 def _plan_strings(name: bytes, shape: tuple[int, ...], strings: Sequence[Any]) -> Tensor:
@@ -446,10 +317,10 @@ def _encode_string(string: Any) -> bytes:
     if isinstance(string, bytes):
         return string
     if not isinstance(string, str):
-        raise _RefusedError(
+        raise RefusedError(
             f"holds a {type(string).__qualname__}; of objects, TensorFlow has strings of bytes or text only"
         )
     try:
         return string.encode()
     except UnicodeEncodeError as error:
-        raise _RefusedError(f"holds text that is none: {error}") from error
+        raise RefusedError(f"holds text that is none: {error}") from error

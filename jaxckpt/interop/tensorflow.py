@@ -34,12 +34,12 @@ from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, restore_foreign
 from jaxckpt._naming import Rename, Select
 
 from ._bundle import Bundle
+from ._files import corrupt
 from ._locations import Location, locate
 from ._objects import GRAPH_KEY, parse_names
 from ._partitions import TensorSource
 from ._protobuf import WireError
 from ._savedslices import SavedSlices
-from ._sstable import corrupt
 from ._writing import write
 
 __all__ = ["TensorFlowCheckpoint", "can_read", "open", "read", "write"]
