@@ -18,7 +18,7 @@ _FINGERPRINT_BYTES = 64
 
 
 @functools.cache
-def _memory_context() -> Any:
+def memory_context() -> Any:
     """TensorStore keeps ``memory://`` objects in a context; one for the process, so that they outlive a call."""
     import tensorstore as ts
 
@@ -35,7 +35,7 @@ class BucketStore(Store):
         self.path = url.rstrip("/")
         # A context of its own for each store: a shared one pins what was written through it.
         context = (
-            _memory_context()
+            memory_context()
             if url.startswith("memory://")
             else ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         )

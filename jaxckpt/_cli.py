@@ -650,6 +650,7 @@ def _convert(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -
         "source_format": done.source_format,
         "destination": done.destination,
         "destination_format": done.destination_format,
+        "steps": list(done.steps),
         "leaves": done.leaves,
         "bytes": done.nbytes,
         "ok": done.ok,

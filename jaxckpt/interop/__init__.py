@@ -1,6 +1,6 @@
 """Checkpoints of other libraries, read and written without those libraries.
 
-A module for each: `flax`, `npz`, `safetensors`, `tensorflow`. It is imported when it is asked for.
+A module for each: `flax`, `npz`, `orbax`, `safetensors`, `tensorflow`. It is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_FORMATS = ("flax", "npz", "safetensors", "tensorflow")
+_FORMATS = ("flax", "npz", "orbax", "safetensors", "tensorflow")
 
 
 def __getattr__(name: str) -> Any:
