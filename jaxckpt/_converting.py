@@ -110,10 +110,10 @@ class Conversion:
 
     def __str__(self) -> str:
         steps = f"{format_count(len(self.steps), 'step', 'steps')}, " if self.steps else ""
+        amount = f"{format_count(self.leaves, 'leaf', 'leaves')}, {format_bytes(self.nbytes)}"
         lines = [
             f"{self.source} ({self.source_format}) -> {self.destination} ({self.destination_format})",
-            f"{steps}{format_count(self.leaves, 'leaf', 'leaves')}, "
-            f"{format_bytes(self.nbytes)} in {self.seconds:.2f} s",
+            f"{steps}{amount} in {self.seconds:.2f} s",
             "verified" if self.ok else "damaged on its way to storage:",
             *(f"  {problem}" for problem in self.problems),
         ]

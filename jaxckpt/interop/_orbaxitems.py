@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, final
 
+import jax
 import numpy as np
 
 from jaxckpt._errors import CheckpointError, CorruptError, FormatError, NotFoundError, Problem, list_problems
@@ -285,7 +286,7 @@ class _ItemReader:
             is_text = leaf.dtype is None
             is_elsewhere = is_text and _bytes_in(file.read_box(name, (), ())).startswith(_PLACEHOLDER)
             is_number = leaf.shape == () and leaf.dtype in _PYTHON_DTYPES
-            value_type = "string" if is_text else "scalar" if is_number else "jax.Array"
+            value_type = "string" if is_text else "scalar" if is_number else _UNKNOWN
             # The members of lists have the names of those of dicts with such keys.
             positions = [_INTEGER.fullmatch(part) is not None for part in path]
             entry = Entry(path, _UNKNOWN if is_elsewhere else value_type, not is_elsewhere)
@@ -299,7 +300,7 @@ class _ItemReader:
             path = f"{self._store.path}/{_AGGREGATE_NAME}"
             raise corrupt(path, "missing", f"does not hold {entry.name!r}", entry.name)
         is_value = found.dtype is None or (entry.value_type == "scalar" and not found.shape)
-        kind = "value" if is_value else "numpy" if entry.value_type == "np.ndarray" else "array"
+        kind = "value" if is_value else _array_kind(entry, found.dtype)
         leaf = ForeignLeaf(entry.name, found.dtype, found.shape, entry.value_type, kind)
         return ItemLeaf(leaf, aggregate=(self._aggregate, name))
 
@@ -403,16 +404,21 @@ def _bytes_in(strings: np.ndarray[Any, Any]) -> bytes:
 def _array_leaf(
     entry: Entry, form: ZarrForm, impl: str | None, sharding: dict[str, Any] | None
 ) -> ForeignLeaf:
-    kind = "array"
+    is_number = entry.value_type == "scalar" or (
+        entry.value_type == _UNKNOWN and form.dtype in _PYTHON_DTYPES
+    )
     if impl is not None and form.shape:
         kind = "key"
-    elif not form.shape and (
-        entry.value_type == "scalar" or (entry.value_type == _UNKNOWN and form.dtype in _PYTHON_DTYPES)
-    ):
-        kind = "value"
-    elif entry.value_type in ("np.ndarray", "scalar"):
-        kind = "numpy"
+    else:
+        kind = "value" if is_number and not form.shape else _array_kind(entry, form.dtype)
     return ForeignLeaf(entry.name, form.dtype, form.shape, str(form.dtype), kind, impl, sharding)
+
+
+def _array_kind(entry: Entry, dtype: np.dtype[Any] | None) -> str:
+    """Whether an array was NumPy's; of unknown kind those were whose type JAX does not have unless it is asked to."""
+    is_wide = dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != dtype
+    is_numpy = entry.value_type in ("np.ndarray", "scalar") or (entry.value_type == _UNKNOWN and is_wide)
+    return "numpy" if is_numpy else "array"
 
 
 # --- random keys ----------------------------------------------------------------------------------------------

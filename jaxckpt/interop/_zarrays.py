@@ -163,7 +163,7 @@ def _parse_zarr3(document: dict[str, Any]) -> ZarrForm:
         dtype = dtype_from(name)
     except ValueError:
         dtype = np.dtype(object)
-    if zarr_name(dtype) != name:
+    if not isinstance(name, str) or zarr_name(dtype) != name:
         raise FormError(f"has the data_type {name!r:.80}, which JAX does not have")
     grid_shape = _sizes(_configuration(document, "chunk_grid").get("chunk_shape"), "chunk_shape", 1)
     _check_chunks(shape, grid_shape, dtype)
