@@ -99,13 +99,16 @@ to --output, or printed. For example:
 _CONVERT_HELP = """\
 Writes a checkpoint in another format. That of SRC is found out; a checkpoint of TensorFlow is named by its prefix, one
 of its files or its directory, and written as a prefix. The new checkpoint is verified before the command ends. Memory
-stays at some dozens of MiB, whatever the size of the checkpoint.
+stays at some dozens of MiB, whatever the size of the checkpoint; from Orbax, at some of its chunks.
+
+The directory of a CheckpointManager of Orbax's becomes one of jaxckpt's, with all steps.
 
 The leaves of a converted checkpoint have the names of the arrays as their keys, so that restore(like=...) finds them.
 Where a name lies below another, as w/Adam below w, the rest of it is one part with an escaped slash: w~1Adam.
 
   jaxckpt convert model.ckpt-1000 run/imported --select 'model/*' --rename model=params --dtype bfloat16
   jaxckpt convert run/step_100 exported/model.ckpt --to tensorflow --select 'params/*'
+  jaxckpt convert orbax_run run
 """
 
 _PRUNE_HELP = """\
@@ -650,7 +653,7 @@ def _convert(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -
         "source_format": done.source_format,
         "destination": done.destination,
         "destination_format": done.destination_format,
-        "steps": list(done.steps),
+        **({"steps": list(done.steps)} if done.steps else {}),
         "leaves": done.leaves,
         "bytes": done.nbytes,
         "ok": done.ok,

@@ -163,6 +163,10 @@ class ForeignCheckpoint(abc.ABC):
         """As `read_box`, of several boxes."""
         return [self.read_box(key, *box) for box in boxes]
 
+    def bound_memory(self, nbytes_max: int) -> None:
+        """Says how much memory may be taken beside what is read, as far as the format allows."""
+        del nbytes_max  # most formats take none
+
     def aliases(self) -> Mapping[str, Sequence[str]]:
         """Other names of arrays, by the name that `leaves` has."""
         return {}
@@ -729,7 +733,9 @@ def _read_targets(source: _Source, targets: dict[int, Target], options: RestoreO
     problems: list[Problem] = []
     derived = {number: target for number, target in targets.items() if target.derivation is not None}
     whole = {number: target for number, target in targets.items() if target.derivation is None}
-    waves = plan_waves(source.manifest, whole, resolve_host_bytes_max(options.host_bytes_max))
+    host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
+    source.checkpoint.bound_memory(host_bytes_max // 4)
+    waves = plan_waves(source.manifest, whole, host_bytes_max)
     with concurrent.futures.ThreadPoolExecutor(options.io_threads, "jaxckpt-read") as executor:
         for wave in waves:
             try:

@@ -71,6 +71,7 @@ def make_tree(*, has_text: bool = True) -> dict[str, Any]:
         "key": jax.random.key(3),
         "keys": jax.random.split(jax.random.key(4, impl="rbg"), 3),
         "dotted.name": jnp.ones(1),
+        "third": jax.device_put(jnp.arange(2.0), jax.devices()[3]),
     }
     if has_text:
         tree["text"] = "höhe/x"

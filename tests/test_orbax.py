@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
 import json
 import math
@@ -93,7 +94,7 @@ def test_every_form_comes_back_bit_for_bit_with_its_shardings(name: str, written
         )
     for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(as_orbax_tells(tree)), strict=True):
         if isinstance(want, jax.Array):
-            assert got.committed == (len(want.sharding.device_set) > 1)
+            assert got.committed == want.committed
             assert got.sharding == want.sharding
 
 
@@ -262,6 +263,15 @@ def test_parts_along_chunks_cover_a_box_once_and_are_small():
             assert math.prod(counts) == 1 or math.prod(counts) * math.prod(chunk) * 8 <= 64 << 20
 
 
+def test_with_little_memory_one_chunk_is_read_after_the_other(written: pathlib.Path):
+    with orbax.open(written / "chunks-zarr3") as checkpoint:
+        checkpoint.bound_memory(1)
+        with concurrent.futures.ThreadPoolExecutor(8) as executor:
+            reads = [executor.submit(checkpoint[W].__getitem__, slice(row, None)) for row in range(8)]
+            for row, read in enumerate(reads):
+                np.testing.assert_array_equal(read.result(60), np.arange(48).reshape(8, 6)[row:])
+
+
 @pytest.mark.slow
 def test_bytes_in_c_order_need_little_memory_and_no_chunk_twice(tmp_path: pathlib.Path):
     """An array that is cut along its last axis: each of its rows needs all of its chunks."""
@@ -330,6 +340,14 @@ def test_names_of_steps_with_prefixes_and_zeros(copy: Any):
     shutil.copytree(path / "ckpt_00003", path / "other_3")
     with pytest.raises(CheckpointError, match="has step 3 twice, as 'ckpt_00003' and 'other_3'"):
         orbax.open(path)
+
+
+def test_directories_of_trees_as_flax_names_them(tmp_path: pathlib.Path):
+    for step in (9, 10):
+        shutil.copytree(GOLDEN / "0.4.8-pytree", tmp_path / "run" / f"checkpoint_{step}")
+    assert orbax.steps(tmp_path / "run") == (9, 10)
+    assert orbax.open(tmp_path / "run").path.endswith("checkpoint_10")
+    assert convert(tmp_path / "run", tmp_path / "own").steps == (9, 10)
 
 
 def test_a_step_with_several_trees_lists_them(written: pathlib.Path):
@@ -657,7 +675,8 @@ def test_missing_files_are_damage(name: str, file: str, error: str, copy: Any):
         orbax.read(path)
 
 
-@pytest.mark.parametrize("name", ["pytree", "ocdbt-zarr3-raw", "files-zarr2-raw", "chunks-zarr3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ocdbt-zarr3-raw", "files-zarr2-raw"])
 def test_files_that_were_cut_off_are_damage(name: str, copy: Any):
     path = copy(name)
     for file in sorted(path.rglob("*")):
@@ -742,7 +761,7 @@ MUTATIONS = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pytree", "files-zarr2-zstd", "ocdbt-zarr3-zstd", "chunks-zarr3"])
+@pytest.mark.parametrize("name", ["ocdbt-zarr2-zstd", "chunks-zarr3"])
 def test_whatever_is_changed_ends_in_an_error_of_ours_or_a_tree(name: str, copy: Any):
     program = run_fork(MUTATIONS, copy(name), 11, 60, devices=2, timeout_s=120)
     outcomes = json.loads(program.stdout)

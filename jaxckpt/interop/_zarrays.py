@@ -5,9 +5,9 @@ database in either. A `ChunkedArray` is one Zarr array (v2 or v3) in it.
 
 1. What an array says of itself is parsed and checked here before TensorStore sees it, which ends the process for some
    impossible dtypes, and for chunks that no memory holds.
-2. Boxes are read into memory that was there before, along the borders of the chunks, so that no more than
-   `_READ_BYTES_MAX` of them, or one chunk, are decoded at a time for a reader. Boxes that are read together share
-   chunks.
+2. Boxes are read into memory that was there before, in parts along the borders of the chunks. A `_Budget` lets all
+   readers together have no more than `_DECODED_BYTES_MAX` of chunks under way, or one. Boxes that are read together
+   share chunks.
 3. The bytes of an array in C order come from a slab of rows that whole chunks fill; a slab that is large waits in a
    file without a name, so that no chunk is decoded twice and memory stays bounded.
 
@@ -29,6 +29,7 @@ import mmap
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -43,8 +44,10 @@ from jaxckpt._storage import Buffer, allocate_aligned
 
 from ._files import corrupt
 
-# Of chunks that one reader has in memory beside the box itself, twice: one part is decoded while the next one is read.
-_READ_BYTES_MAX = 64 * MIB
+# Of chunks that are read and decoded at once, beside the boxes themselves, unless somebody wants less.
+_DECODED_BYTES_MAX = 512 * MIB
+# Of chunks that are asked for together: enough for all processors, and little enough for several readers.
+_PART_BYTES_MAX = 32 * MIB
 # A slab up to this size stays in memory.
 _SLAB_BYTES_MAX = 64 * MIB
 # Before memory for so much is taken, the last chunk must be there.
@@ -259,6 +262,35 @@ def _context(is_in_memory: bool) -> Any:
 
 
 @final
+class _Budget:
+    """Memory that readers take together; who waits for some has none.
+
+    Attributes:
+      nbytes_max: How much all of them may have, unless one alone needs more.
+    """
+
+    def __init__(self, nbytes_max: int) -> None:
+        self.nbytes_max = nbytes_max
+        self._nbytes = 0
+        self._changed = threading.Condition()
+
+    def take(self, nbytes: int, *, waiting: bool) -> bool:
+        """Takes some, all that there is if it is not enough for anybody; says whether it did."""
+        with self._changed:
+            while self._nbytes and self._nbytes + nbytes > self.nbytes_max:
+                if not waiting:
+                    return False
+                self._changed.wait()
+            self._nbytes += nbytes
+            return True
+
+    def give_back(self, nbytes: int) -> None:
+        with self._changed:
+            self._nbytes -= nbytes
+            self._changed.notify_all()
+
+
+@final
 class KeyValues:
     """Where the chunks of arrays are: below a directory or URL, or in the OCDBT database there.
 
@@ -275,6 +307,7 @@ class KeyValues:
         import tensorstore as ts
 
         self.path = path
+        self.budget = _Budget(_DECODED_BYTES_MAX)
         self.context = _context(path.startswith("memory://"))
         with _plain_errors(path, None):
             self._base: dict[str, Any] = {"driver": "file", "path": f"{path}/"}
@@ -283,6 +316,10 @@ class KeyValues:
             if is_ocdbt:
                 self._base = {"driver": "ocdbt", "base": self._base, "cache_pool": "cache_pool#nodes"}
             self._store = ts.KvStore.open(self._base, context=self.context).result()
+
+    def bound_memory(self, nbytes_max: int) -> None:
+        """Lets chunks that are read and decoded at once have so many bytes, or one alone more."""
+        self.budget.nbytes_max = min(_DECODED_BYTES_MAX, nbytes_max)
 
     def read_each(self, keys: Sequence[str]) -> list[bytes | None]:
         """Small values, asked for together; None for those that are not there.
@@ -335,7 +372,7 @@ class ChunkedArray:
         may_lack_chunks: bool,
     ) -> None:
         self.form = form
-        self._place = place
+        self.place = place
         self._prefix = prefix
         self._key = key
         self._count = count
@@ -349,13 +386,13 @@ class ChunkedArray:
 
         spec = {
             "driver": self.form.driver,
-            "kvstore": self._place.spec_of(self._prefix),
+            "kvstore": self.place.spec_of(self._prefix),
             "metadata": dict(self.form.document),
             "fill_missing_data_reads": self._may_lack_chunks,
             "recheck_cached_data": False,
         }
         with _plain_errors(self._where, self._key):
-            return ts.open(spec, open=True, assume_metadata=True, context=self._place.context).result()
+            return ts.open(spec, open=True, assume_metadata=True, context=self.place.context).result()
 
     def read_boxes(self, boxes: Sequence[Box]) -> list[np.ndarray[Any, Any]]:
         """Boxes of the array, C-contiguous, each in memory of its own; a chunk that several need is read once.
@@ -395,49 +432,61 @@ class ChunkedArray:
             tuple(min(box[0][axis] for box, _, _ in wanted) for axis in axes),
             tuple(max(box[1][axis] for box, _, _ in wanted) for axis in axes),
         )
-        under_way: collections.deque[list[Any]] = collections.deque()
-        for part in split_along_chunks(around, self.form.chunk_shape, self.form.dtype.itemsize):
-            reads: list[Any] = []
-            for box, _, target in wanted:
-                shared = _intersection(box, part)
-                if shared is not None:
-                    there = tuple(
-                        slice(lo - start, hi - start) for lo, hi, start in zip(*shared, box[0], strict=True)
-                    )
-                    reads.append(target[there].write(self._array[tuple(map(slice, *shared))]))
-            if reads:
-                self._count(_covered_elements(part, self.form.chunk_shape) * self.form.dtype.itemsize)
-                under_way.append(reads)
-            if len(under_way) > 1:
-                self._wait(under_way.popleft())
-        for reads in under_way:
-            self._wait(reads)
+        budget = self.place.budget
+        under_way: collections.deque[tuple[int, list[Any]]] = collections.deque()
+        try:
+            for part in split_along_chunks(around, self.form.chunk_shape, self.form.dtype.itemsize):
+                shares = [(_intersection(box, part), box, target) for box, _, target in wanted]
+                nbytes = _covered_elements(part, self.form.chunk_shape) * self.form.dtype.itemsize
+                if not any(shared for shared, _, _ in shares):
+                    continue
+                while not budget.take(nbytes, waiting=not under_way):
+                    self._finish(*under_way.popleft())
+                reads: list[Any] = []
+                under_way.append((nbytes, reads))
+                for shared, box, target in shares:
+                    if shared is not None:
+                        reads.append(self._begin(shared, box, target))
+                self._count(nbytes)
+        finally:
+            with contextlib.ExitStack() as closing:  # calls all of them, whichever raises
+                for part_under_way in under_way:
+                    closing.callback(self._finish, *part_under_way)
 
-    def _wait(self, reads: Sequence[Any]) -> None:
-        with _plain_errors(self._where, self._key):
-            for read in reads:
-                read.result()
+    def _begin(self, shared: Box, box: Box, target: Any) -> Any:
+        """Begins to read what a part and a box share."""
+        there = tuple(slice(lo - start, hi - start) for lo, hi, start in zip(*shared, box[0], strict=True))
+        return target[there].write(self._array[tuple(map(slice, *shared))])
+
+    def _finish(self, nbytes: int, reads: Sequence[Any]) -> None:
+        """Waits for the reads of a part."""
+        try:
+            with _plain_errors(self._where, self._key):
+                for read in reads:
+                    read.result()
+        finally:
+            self.place.budget.give_back(nbytes)
 
     def _check_whole(self) -> None:
         """Raises CorruptError where the shape is not that of what was written; before memory for it is taken."""
-        if not self._may_lack_chunks and not self._place.has(f"{self._prefix}{self.form.last_chunk}"):
+        if not self._may_lack_chunks and not self.place.has(f"{self._prefix}{self.form.last_chunk}"):
             message = f"has no chunk {self.form.last_chunk!r}, and the shape {self.form.shape} says that there is one"
             raise corrupt(self._where, "missing", message, self._key)
 
 
 def split_along_chunks(box: Box, chunk_shape: tuple[int, ...], itemsize: int) -> Iterator[Box]:
-    """Parts of a box, in C order, of which each needs chunks of at most `_READ_BYTES_MAX` bytes, or a single chunk."""
+    """Parts of a box, in C order, of which each needs chunks of at most `_PART_BYTES_MAX` bytes, or a single chunk."""
     lo, hi = box
     counts = [
         -(-stop // chunk) - start // chunk for start, stop, chunk in zip(lo, hi, chunk_shape, strict=True)
     ]
     nbytes = math.prod(counts) * math.prod(chunk_shape) * itemsize
     axis = next((axis for axis, count in enumerate(counts) if count > 1), None)
-    if nbytes <= _READ_BYTES_MAX or axis is None:
+    if nbytes <= _PART_BYTES_MAX or axis is None:
         yield box
         return
     # As many chunks along this axis as fit; if not even one does, its row of chunks is split along the next axis.
-    rows = max(1, _READ_BYTES_MAX * counts[axis] // nbytes)
+    rows = max(1, _PART_BYTES_MAX * counts[axis] // nbytes)
     start = lo[axis]
     while start < hi[axis]:
         stop = min((start // chunk_shape[axis] + rows) * chunk_shape[axis], hi[axis])

@@ -9,9 +9,12 @@ The format has no checksums of values: what was damaged without changing a lengt
 it is. After ``jaxckpt convert`` it is verified at each restore.
 
 Example:
+  >>> import orbax.checkpoint as ocp
+  >>> ocp.PyTreeCheckpointer().save(tmp / "state", {"w": jnp.arange(6.0).reshape(2, 3), "step": 7})
   >>> from jaxckpt.interop import orbax
-  >>> orbax.can_read(tmp)
-  False
+  >>> print(orbax.open(tmp / "state"))
+  step (int64) []
+  w (float32) [2,3]
 """
 
 from __future__ import annotations
@@ -160,6 +163,16 @@ class OrbaxCheckpoint(ForeignCheckpoint):
         """When the step was committed, in seconds since 1970, if it says so."""
         return layout.commit_time_s(self._said)
 
+    def bound_memory(self, nbytes_max: int) -> None:
+        """Bounds the memory of chunks that are read and decoded at once; a single one may need more.
+
+        Args:
+          nbytes_max: Bytes; at most 512 MiB are taken anyway.
+        """
+        for source in self._sources.values():
+            if source.array is not None:
+                source.array.place.bound_memory(nbytes_max)
+
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """A box of an array, C-contiguous; of a text an array of one. May be called from several threads.
 
@@ -297,10 +310,11 @@ def open(
 
     Example:
       >>> from jaxckpt.interop import orbax
-      >>> orbax.open("/nowhere")
-      Traceback (most recent call last):
-      ...
-      jaxckpt.NotFoundError: no checkpoint of Orbax's at '/nowhere'
+      >>> import orbax.checkpoint as ocp
+      >>> ocp.PyTreeCheckpointer().save(tmp / "state", {"w": jnp.arange(4)})
+      >>> with orbax.open(tmp / "state") as checkpoint:
+      ...     checkpoint.keys(), checkpoint["w"][1:3]
+      (('w',), array([1, 2], dtype=int32))
     """
     store = open_store(path)
     kind = layout.kind_of(store)
@@ -343,10 +357,10 @@ def open_whole(path: str | os.PathLike[str]) -> OrbaxCheckpoint:
 
     Example:
       >>> from jaxckpt.interop import orbax
-      >>> orbax.open_whole("/nowhere")
-      Traceback (most recent call last):
-      ...
-      jaxckpt.NotFoundError: no checkpoint of Orbax's at '/nowhere'
+      >>> import orbax.checkpoint as ocp
+      >>> ocp.PyTreeCheckpointer().save(tmp / "whole", {"w": jnp.arange(4)})
+      >>> orbax.open_whole(tmp / "whole").keys()
+      ('w',)
     """
     store = open_store(path)
     known = layout.steps_in(store) if layout.kind_of(store) == "steps" else {}
@@ -451,10 +465,10 @@ def read(
 
     Example:
       >>> from jaxckpt.interop import orbax
-      >>> orbax.read("/nowhere")
-      Traceback (most recent call last):
-      ...
-      jaxckpt.NotFoundError: no checkpoint of Orbax's at '/nowhere'
+      >>> import orbax.checkpoint as ocp
+      >>> ocp.PyTreeCheckpointer().save(tmp / "state", {"dense": {"kernel": jnp.ones(2)}})
+      >>> orbax.read(tmp / "state", rename={"dense": "layer"})
+      {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
     with contextlib.ExitStack() as stack:
         if isinstance(path, ForeignCheckpoint):
