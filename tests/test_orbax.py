@@ -311,6 +311,7 @@ def test_the_newest_committed_step_of_a_manager(copy: Any):
     path = copy("run")
     assert orbax.steps(path) == STEPS
     shutil.copytree(path / "100", path / "200.orbax-checkpoint-tmp-17")
+    shutil.copytree(path / "100", path / "400.partial_save")
     (path / "300").mkdir()
     (path / "notes_4").write_text("no step")
     assert orbax.steps(path) == STEPS
@@ -330,6 +331,7 @@ def test_the_newest_committed_step_of_a_manager(copy: Any):
         orbax.open(path / "20", step=3)
     with pytest.raises(NotFoundError, match="is not committed"):
         orbax.open(path / "200.orbax-checkpoint-tmp-17")
+    assert not orbax.can_read(path / "400.partial_save")
     assert not orbax.can_read(path / "300")
 
 

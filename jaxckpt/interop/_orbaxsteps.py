@@ -30,7 +30,8 @@ _METRICS_NAME = "metrics"
 _COMMIT_NAME = "commit_success.txt"
 _DELETION_NAME = "_CHECKPOINT_DELETION"
 _V1_NAME = "orbax.checkpoint"
-_TEMPORARY = ".orbax-checkpoint-tmp"
+# What names of things have that are still being written; `v1.partial` has a name of its own.
+_TEMPORARY = re.compile(r".*\.(?:orbax-checkpoint-tmp.*|partial_save)")
 
 _STEP = re.compile(r"(?:.*_)?([0-9]{1,18})")
 _FILES_BYTES_MAX = 1 << 26
@@ -54,7 +55,7 @@ def kind_of(store: Store) -> Kind | None:
 
 def is_committed(store: Store) -> bool:
     """Whether what is in a directory is whole, as far as the names say."""
-    if _TEMPORARY in store.name:
+    if _TEMPORARY.fullmatch(store.name):
         return False
     return "://" not in store.path or store.exists(_COMMIT_NAME)
 
@@ -98,7 +99,7 @@ def _is_item(store: Store) -> bool:
 def _items(names: Collection[str]) -> list[str]:
     """Names that may be those of items."""
     ours = {STEP_METADATA_NAME, _COMMIT_NAME, _DELETION_NAME, _V1_NAME}
-    return [name for name in names if name not in ours and _TEMPORARY not in name]
+    return [name for name in names if name not in ours and not _TEMPORARY.fullmatch(name)]
 
 
 def trees_in(store: Store) -> list[str]:
@@ -199,6 +200,6 @@ def no_checkpoint(store: Store) -> NotFoundError:
             f"\nin an object store, a checkpoint without {_COMMIT_NAME} is not committed; if this one was copied "
             "whole from a local directory, put an empty object of that name there"
         )
-    elif _TEMPORARY in store.name:
-        advice = f"\na directory with {_TEMPORARY!r} in its name is not committed"
+    elif _TEMPORARY.fullmatch(store.name):
+        advice = "\na directory with such a name is not committed"
     return NotFoundError(f"no checkpoint of Orbax's at {store.path!r}{advice}")
