@@ -6,7 +6,8 @@ The format of the source is found out, that of the destination is said. A format
 1. The arrays are listed, selected and renamed by name. Nothing is read yet.
 2. They are streamed: a few MiB of an array are read, cast if that was asked for, and written, then the next. Neither
    a checkpoint nor an array is ever in memory whole; strings are, one array of them at a time.
-3. What was written is read once more and verified.
+3. What was written is read once more. A checkpoint of ours has checksums for that; of every array in other formats the
+   checksum is made while it is written, and compared with what is read.
 
 Values, names and shapes stay what they are, and metadata where a format has it. A checkpoint of ours gets a tree of
 dicts (`nest`), and its arrays no shardings, since other formats have none. What has no counterpart in the destination
@@ -21,12 +22,14 @@ import dataclasses
 import importlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 
 from ._config import MIB, PIECE_BYTES, RestoreOptions, SaveOptions
 from ._dtypes import dtype_from
@@ -39,10 +42,12 @@ from ._errors import (
     UnsupportedLeafError,
     list_problems,
 )
-from ._foreign import ForeignArray, ForeignCheckpoint, nest_selected, select_names
+from ._foreign import ForeignArray, ForeignCheckpoint, name_of_key, nest_selected, select_names
 from ._inspect import format_count, verify
+from ._keys import flatten
 from ._layout import flat_boxes
 from ._leaves import StreamedArray
+from ._manifest import MANIFEST_NAME
 from ._naming import Select
 from ._placement import cast
 from ._progress import Progress, ProgressMeter, format_bytes
@@ -50,6 +55,7 @@ from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._restoring import match_tree
 from ._saving import SaveContext, SaveJob
 from ._storage import Buffer
+from ._store import open_store
 
 Path = str | os.PathLike[str]
 OnProgress = Callable[[Progress], None]
@@ -57,6 +63,10 @@ OnProgress = Callable[[Progress], None]
 OWN_FORMAT = "jaxckpt"
 FOREIGN_FORMATS = ("tensorflow", "safetensors", "npz", "flax")
 FORMATS = (OWN_FORMAT, *FOREIGN_FORMATS)
+
+_FORMAT_OF_SUFFIX = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "flax"}
+# Directories of managers and of other libraries have names such as step_00000100 and checkpoint_100.
+_NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
 
 # Two pieces, one of which is written while the next is read. JAX itself takes 150 MiB when it is imported, and all
 # together shall stay below 200.
@@ -112,7 +122,8 @@ def convert(
     source: Path,
     destination: Path,
     *,
-    to: str = OWN_FORMAT,
+    to: str | None = None,
+    step: int | None = None,
     select: Select = None,
     rename: Mapping[str, str] | None = None,
     dtype: Any = None,
@@ -122,9 +133,12 @@ def convert(
     """Writes a checkpoint in another format, and verifies what was written.
 
     Args:
-      source: A checkpoint of any format that is known; how each is named says its module in `jaxckpt.interop`.
+      source: A checkpoint of any format that is known, or the directory of a `CheckpointManager`; how each is named says
+        its module in `jaxckpt.interop`.
       destination: Where to write; for TensorFlow the prefix of the files.
-      to: Format of the destination, one of `FORMATS`.
+      to: Format of the destination, one of `FORMATS`; None: what the name says that ends in ``.safetensors``, ``.npz``
+        or ``.msgpack`` (Flax), else jaxckpt's own.
+      step: Which one, where the source is a directory of numbered checkpoints; None: the newest.
       select: As for `jaxckpt.restore`: which arrays are taken, by their names in the source.
       rename: As for `jaxckpt.restore`: mapping of names, or of leading parts of them, to new ones.
       dtype: Floating type that all arrays of another floating type are cast to.
@@ -140,26 +154,30 @@ def convert(
       ExistsError: A checkpoint is at ``destination``, and ``overwrite`` is False.
       MismatchError: ``select`` or ``rename`` does not fit the names.
       UnsupportedLeafError: The destination's format has nothing for an array; `.problems` lists all of them.
-      ValueError: Both formats are the same, or ``dtype`` is not floating.
+      ValueError: Nothing would change: both formats are the same, and neither ``select`` nor ``rename`` nor ``dtype`` is
+        given; or both are this library's; or ``dtype`` is not floating.
       WriteError: Storage refused a write.
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays.
     """
     began_s = time.perf_counter()
     wanted_dtype = None if dtype is None else _floating_dtype(dtype)
+    to = to or _format_named(destination)
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, not {to!r}")
+    changes = (select, rename, dtype) != (None, None, None)
     with contextlib.ExitStack() as closing:
-        source_format, opened = _open(os.fspath(source))
+        source_format, opened = _open(_step_in(os.fspath(source), step))
         if isinstance(opened, ForeignCheckpoint):
             closing.enter_context(opened)
         else:
             closing.callback(opened.release)
-        if source_format == to:
+        if source_format == to and (to == OWN_FORMAT or not changes):
             raise ValueError(
                 f"{opened.path!r} is a {to} checkpoint already; to= (--to) names another format: "
                 + ", ".join(name for name in FORMATS if name != to)
             )
+        digests: dict[str, Callable[[], str]] = {}
         if isinstance(opened, ForeignCheckpoint):
             names = select_names(opened, select, rename)
             leaves: list[Any] = [opened[name] for name in names.values()]
@@ -172,13 +190,14 @@ def convert(
             leaves = [opened[opened.keys()[match.leaf]] for match in wanted.matches if match.leaf is not None]
             tree = wanted.unflatten(_forms(wanted.keys, leaves, to, wanted_dtype))
         if to == OWN_FORMAT:
-            context = SaveContext(metadata=opened.metadata, on_progress=on_progress)
+            context = SaveContext(metadata=opened.metadata or None, on_progress=on_progress)
             options = SaveOptions(host_bytes_max=_HOST_BYTES_MAX)
             SaveJob(destination, tree, overwrite, context, options, is_blocking=True).run()
         else:
+            tree, digests = _with_digests(tree)
             extras = _metadata_for(to, opened.metadata)
             _verbs_of(to).write(destination, tree, overwrite=overwrite, on_progress=on_progress, **extras)
-    problems = _verify(destination, to, on_progress)
+    problems = _verify(destination, to, digests, on_progress)
     return Conversion(
         source=opened.path,
         source_format=source_format,
@@ -194,6 +213,12 @@ def convert(
 def _verbs_of(name: str) -> Any:
     """The module that knows a foreign format."""
     return importlib.import_module(f"jaxckpt.interop.{name}")
+
+
+def _format_named(path: Path) -> str:
+    """The format that the end of a name stands for."""
+    name = os.fspath(path).partition("?")[0] if "://" in os.fspath(path) else os.fspath(path)
+    return next((form for suffix, form in _FORMAT_OF_SUFFIX.items() if name.endswith(suffix)), OWN_FORMAT)
 
 
 def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
@@ -217,6 +242,39 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
     raise NotFoundError(
         "\n".join([f"no checkpoint of a known format ({', '.join(FORMATS)}) at {path!r}", *reasons])
     ) from not_found
+
+
+def _step_in(path: str, step: int | None) -> str:
+    """The path of a step in a directory of numbered checkpoints; without a step that of the newest one of ours.
+
+    Any other path is returned as it is.
+
+    Raises:
+      NotFoundError: The step is not there, or several are meant.
+    """
+    store = open_store(path)
+    matches = [_NUMBERED.fullmatch(name) for name in store.names()]
+    number_of_name = {match[0]: int(match[2]) for match in matches if match}
+    if step is None:
+        if store.exists(MANIFEST_NAME):
+            return path
+        own = {
+            name: number for name, number in number_of_name.items() if store.exists(f"{name}/{MANIFEST_NAME}")
+        }
+        step = max(own.values(), default=None)
+        if step is None:
+            return path
+        number_of_name = own
+    found = [name for name, number in number_of_name.items() if number == step]
+    if len(found) == 1:
+        place, mark, options = path.partition("?") if "://" in path else (path, "", "")
+        return f"{place.rstrip('/')}/{found[0]}{mark}{options}"
+    there = ", ".join(map(str, sorted(set(number_of_name.values()))[-10:])) or "none"
+    raise NotFoundError(
+        f"{path!r} has several checkpoints of step {step}; give the path of one: {', '.join(found)}"
+        if found
+        else f"{path!r} has no checkpoint of step {step}; its steps are {there}"
+    )
 
 
 def _metadata_for(to: str, metadata: Any) -> dict[str, Any]:
@@ -258,15 +316,21 @@ def _forms(keys: Sequence[str], leaves: Sequence[Any], to: str, dtype: np.dtype[
 
 
 def _form_of(leaf: Any, to: str, dtype: np.dtype[Any] | None) -> Any:
+    """A `StreamedArray`, a NumPy array of strings, or a Python value."""
     if leaf.dtype is None:
         return leaf[...] if to != OWN_FORMAT else _own_strings(leaf[...])
-    if isinstance(leaf, StoredLeaf) and getattr(leaf.dtype, "kind", "") == "S":
-        return leaf[...].astype(object)
+    if isinstance(leaf, StoredLeaf):
+        if leaf.kind not in ("array", "numpy", "key"):
+            return leaf[...]
+        if leaf.spec.np_dtype.kind == "S":
+            return leaf[...] if to == "npz" else leaf[...].astype(object)
+        read, shape, old = _stream_of_boxes(leaf), leaf.spec.shape, leaf.spec.np_dtype
+    else:
+        read, shape, old = leaf.stream, leaf.shape, leaf.dtype
     if dtype is None or not _is_cast(leaf, dtype):
-        return StreamedArray(leaf.shape, leaf.dtype, leaf.stream) if isinstance(leaf, ForeignArray) else leaf
+        return StreamedArray(shape, old, read)
     # Ranges are whole elements: pieces end at whole MiB or with the array, and floating types have 2^n bytes.
-    read = _stream_of_boxes(leaf) if isinstance(leaf, StoredLeaf) else leaf.stream
-    return StreamedArray(leaf.shape, dtype, _cast_stream(read, leaf.dtype, dtype))
+    return StreamedArray(shape, dtype, _cast_stream(read, old, dtype))
 
 
 def _stream_of_boxes(leaf: StoredLeaf) -> Callable[[int, int], Buffer]:
@@ -274,8 +338,9 @@ def _stream_of_boxes(leaf: StoredLeaf) -> Callable[[int, int], Buffer]:
     itemsize = leaf.spec.np_dtype.itemsize
 
     def read(lo: int, hi: int) -> Buffer:
-        boxes = flat_boxes(lo // itemsize, hi // itemsize, leaf.shape)
-        return np.concatenate([leaf.read_box(box).reshape(-1).view(np.uint8) for box in boxes])
+        boxes = flat_boxes(lo // itemsize, hi // itemsize, leaf.spec.shape)
+        parts = [leaf.read_box(box).reshape(-1).view(np.uint8) for box in boxes]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
 
     return read
 
@@ -325,29 +390,84 @@ def _own_strings(strings: Any) -> Any:
 # --- looking at it once more ----------------------------------------------------------------------------------
 
 
-def _verify(path: Path, to: str, on_progress: OnProgress | None) -> tuple[Problem, ...]:
+def _with_digests(tree: Any) -> tuple[Any, dict[str, Callable[[], str]]]:
+    """The tree with arrays of which a checksum is made while they are read; and by key how to get that, afterwards."""
+    flat = flatten(tree)
+    digests: dict[str, Callable[[], str]] = {}
+    leaves: list[Any] = []
+    for key, leaf in zip(flat.keys, flat.leaves, strict=True):
+        digest = xxhash.xxh3_128()
+        if isinstance(leaf, StreamedArray):
+            leaves.append(StreamedArray(leaf.shape, leaf.dtype, _digested(leaf.read, digest)))
+        else:
+            leaves.append(leaf)
+            _digest_value(leaf, digest)
+        digests[key] = digest.hexdigest
+    return flat.unflatten(leaves), digests
+
+
+def _digested(read: Callable[[int, int], Buffer], digest: xxhash.xxh3_128) -> Callable[[int, int], Buffer]:
+    def read_and_note(lo: int, hi: int) -> Buffer:
+        data = read(lo, hi)
+        digest.update(data)
+        return data
+
+    return read_and_note
+
+
+def _digest_value(value: Any, digest: xxhash.xxh3_128) -> None:
+    """Takes up a value, or an array of strings: what is equal when it was written and read gives the same."""
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")
+    if isinstance(value, bytes):
+        digest.update(value)
+        return
+    array = np.asarray(value)
+    if array.dtype != object:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return
+    for string in array.reshape(-1).tolist():
+        data = string.encode("utf-8", "surrogatepass") if isinstance(string, str) else string
+        digest.update(len(data).to_bytes(8, "little") + data)
+
+
+def _verify(
+    path: Path, to: str, digests: Mapping[str, Callable[[], str]], on_progress: OnProgress | None
+) -> tuple[Problem, ...]:
     if to == OWN_FORMAT:
         options = RestoreOptions(io_threads=_VERIFYING_THREADS)
         return verify(path, options=options, on_progress=on_progress).problems
     problems: list[Problem] = []
     try:
-        with _verbs_of(to).open(path) as written:
-            arrays = [written[key] for key in written.leaves()]
+        with _verbs_of(to).open(path) as opened:
+            written: ForeignCheckpoint = opened
+            key_of_name = {name_of_key(key, written.separator): key for key in digests}
+            arrays = [written[name] for name in written.leaves()]
             meter = ProgressMeter(sum(array.nbytes for array in arrays), "read", on_progress)
             for array in arrays:
                 try:
-                    _read_all(array, meter)
+                    found = _digest_of(array, meter)
                 except CorruptError as error:
                     problems.extend(error.problems or [Problem(array.key, "checksum", str(error))])
+                    key_of_name.pop(array.key, None)
+                    continue
+                key = key_of_name.pop(array.key, None)
+                if key is None or found != digests[key]():
+                    problems.append(Problem(array.key, "checksum", "is not what was written"))
+            problems.extend(Problem(name, "missing", "was written, and is not there") for name in key_of_name)
     except (CorruptError, FormatError, NotFoundError) as error:
         problems.extend(error.problems or [Problem(None, "object", str(error))])
     return tuple(problems)
 
 
-def _read_all(array: ForeignArray, meter: ProgressMeter) -> None:
-    """Reads an array piece by piece, whereby it is verified."""
+def _digest_of(array: ForeignArray, meter: ProgressMeter) -> str:
+    """The checksum of an array, which is read piece by piece, whereby it is verified as far as its format can."""
+    digest = xxhash.xxh3_128()
     if array.dtype is None:
-        array[...]
-        return
-    for lo in range(0, array.nbytes, PIECE_BYTES):
-        meter.add(len(array.stream(lo, min(lo + PIECE_BYTES, array.nbytes))))
+        _digest_value(array[...], digest)
+    else:
+        for lo in range(0, array.nbytes, PIECE_BYTES):
+            data = array.stream(lo, min(lo + PIECE_BYTES, array.nbytes))
+            digest.update(data)
+            meter.add(len(data))
+    return digest.hexdigest()

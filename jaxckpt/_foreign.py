@@ -48,6 +48,7 @@ from ._placement import Target, boxes_of
 from ._resharding import Destination
 from ._restoring import (
     choose_targets,
+    mappable_leaves,
     match_tree,
     place_leaf,
     plan_waves,
@@ -59,6 +60,9 @@ from ._storage import Buffer
 
 # Names with more parts than this keep the rest in one: a file must not decide how deep a tree gets.
 _PARTS_MAX = 64
+
+# Memory that begins at a multiple of this becomes an array of JAX on CPU without a copy.
+_ALIGNMENT = 64
 
 _INTEGER_KEY = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
@@ -93,10 +97,12 @@ class ForeignCheckpoint(abc.ABC):
       format_name: Name of the format, such as ``"TensorFlow V2"``; the attribute ``format``.
 
     Attributes:
-      separator: What stands between the parts of a name.
+      separator: What stands between the parts of a name; None where names have none.
+      is_nested: Whether the names make up a tree, so that a restore without ``like`` gives nested dicts.
     """
 
-    separator = "/"
+    separator: str | None = "/"
+    is_nested = False
 
     def __init__(self, path: str, format_name: str) -> None:
         self.path = path
@@ -132,6 +138,11 @@ class ForeignCheckpoint(abc.ABC):
     def close(self) -> None:
         """Closes the files."""
 
+    def view(self, key: str) -> np.ndarray[Any, Any] | None:
+        """An array that shows the file itself, or None where that cannot be; nothing is read."""
+        del key
+        return None
+
     def aliases(self) -> Mapping[str, Sequence[str]]:
         """Other names of arrays, by the name that `leaves` has."""
         return {}
@@ -144,6 +155,10 @@ class ForeignCheckpoint(abc.ABC):
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays, in the order of the file."""
         return tuple(self.leaves())
+
+    def tree_keys(self) -> Sequence[str]:
+        """The key that each array has in a tree of dicts, in the order of `keys`."""
+        return keys_of_names(self.keys(), self.separator)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name."""
@@ -275,7 +290,7 @@ class ForeignArray:
 # --- names ----------------------------------------------------------------------------------------------------
 
 
-def keys_of_names(names: Sequence[str], separator: str = "/") -> list[str]:
+def keys_of_names(names: Sequence[str], separator: str | None = "/") -> list[str]:
     """The key that each name of a foreign file has in a tree; see `nest`."""
     return ["/".join(map(_component, parts)) for parts in _split_names(names, separator)]
 
@@ -311,13 +326,15 @@ def _nest_keys(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
     return nested_dicts(places, leaves)
 
 
-def name_of_key(key: str, separator: str = "/") -> str:
-    """The name that has this key; `keys_of_names` reversed."""
-    return separator.join(str(unescape_component(component)) for component in key.split("/"))
+def name_of_key(key: str, separator: str | None = "/") -> str:
+    """The name that has this key; `keys_of_names` reversed. Without a separator there is none between the parts."""
+    return (separator or "").join(str(unescape_component(component)) for component in key.split("/"))
 
 
-def _split_names(names: Sequence[str], separator: str = "/") -> list[list[str]]:
+def _split_names(names: Sequence[str], separator: str | None = "/") -> list[list[str]]:
     """The parts of each name; where a name lies below another one, its last part begins beside that."""
+    if separator is None:
+        return [[name] for name in names]
     taken = set(names)
     split: list[list[str]] = []
     for name in names:
@@ -338,10 +355,10 @@ def _dict_key(part: str) -> str | int:
     return int(part) if _INTEGER_KEY.fullmatch(part) else part
 
 
-def _file_key(name: str, separator: str = "/") -> str:
+def _file_key(name: str, separator: str | None = "/") -> str:
     """A name as a key that is nothing but escaped; unlike those of `keys_of_names` it may lie below another."""
-    parts = name.split(separator)
-    return separator.join(part.replace("~", "~0").replace("/", "~1") or "~e" for part in parts)
+    parts = [name] if separator is None else name.split(separator)
+    return (separator or "").join(part.replace("~", "~0").replace("/", "~1") or "~e" for part in parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -365,7 +382,7 @@ def _names_by_leaf(checkpoint: ForeignCheckpoint) -> list[_Names]:
     aliases = checkpoint.aliases()
     separator = checkpoint.separator
     found: list[_Names] = []
-    for name, tree_key in zip(names, keys_of_names(names, separator), strict=True):
+    for name, tree_key in zip(names, checkpoint.tree_keys(), strict=True):
         also = tuple(key for alias in aliases.get(name, ()) for key in (_file_key(alias, separator), alias))
         found.append(_Names((_file_key(name, separator), tree_key, name), also, tree_key))
     return _without_ambiguity(found)
@@ -395,19 +412,18 @@ def select_names(checkpoint: ForeignCheckpoint, select: Select, rename: Rename) 
     """
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
-    if checkpoint.separator == "/":
-        leaves = [_Names((name,), tuple(aliases.get(name, ())), name) for name in names]
-    else:
+    if checkpoint.is_nested:
         leaves = _names_by_leaf(checkpoint)
-    leaves = _without_ambiguity(leaves)
-    keys = _choose_keys(leaves, None, rename, in_tree=checkpoint.separator != "/")
+    else:
+        leaves = _without_ambiguity([_Names((name,), tuple(aliases.get(name, ())), name) for name in names])
+    keys = _choose_keys(leaves, None, rename, in_tree=checkpoint.is_nested)
     renamed = rename_keys(keys, select_keys(keys, _select_leaves(leaves, select)), rename)
     return {new: names[leaf] for new, leaf in renamed.sources.items() if isinstance(leaf, int)}
 
 
 def nest_selected(checkpoint: ForeignCheckpoint, names: Sequence[str], leaves: Sequence[Any]) -> Any:
     """A tree of dicts from the names that `select_names` gave."""
-    return nest(names, leaves) if checkpoint.separator == "/" else _nest_keys(names, leaves)
+    return _nest_keys(names, leaves) if checkpoint.is_nested else nest(names, leaves)
 
 
 def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename, *, in_tree: bool = False) -> list[str]:
@@ -517,12 +533,14 @@ def restore_foreign(
     unexpected: str = "error",
     cast: bool = False,
     reshape: bool = False,
+    mmap: bool = False,
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
     """Restores a foreign checkpoint; what a ``read`` of `jaxckpt.interop` does.
 
-    Without ``like`` the result is ``{name: array}`` by the file's own names; with ``rename``, nested dicts.
+    Without ``like`` the result is nested dicts if the names make up a tree, or with ``rename``; else ``{name: array}``
+    by the file's own names.
     With ``like``, its keys are matched with the names of the arrays, or with their aliases.
 
     Arrays come back as `jax.Array`, uncommitted unless ``mesh``, ``sharding`` or ``like`` say where they shall be.
@@ -541,6 +559,7 @@ def restore_foreign(
       unexpected: As for `jaxckpt.restore`.
       cast: As for `jaxckpt.restore`.
       reshape: As for `jaxckpt.restore`.
+      mmap: Whether arrays on CPU may show the file itself, where the format and their places in the file allow that.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 
@@ -557,6 +576,8 @@ def restore_foreign(
     began_s = time.perf_counter()
     options = options or RestoreOptions()
     bytes_before = checkpoint.bytes_read
+    if rename is None and like is None and checkpoint.is_nested:
+        rename = []  # renames nothing, and gives nested dicts
     source = _describe(checkpoint, like, select, rename)
     wanted = match_tree(
         source,
@@ -570,13 +591,20 @@ def restore_foreign(
         nest=_nest_keys,
     )
     targets = choose_targets(source, wanted, mesh, sharding)
-    tree = wanted.fill(_read_targets(source, targets, options))
+    mapped: set[int] | None = set() if mmap else None
+    tree = wanted.fill(_read_targets(source, targets, options, mapped))
     if not report:
         return tree
     bytes_read = checkpoint.bytes_read - bytes_before
     seconds = time.perf_counter() - began_s
     return tree, report_restore(
-        source, wanted, targets, bytes_read=bytes_read, group_bytes_read=bytes_read, seconds=seconds
+        source,
+        wanted,
+        targets,
+        bytes_read=bytes_read,
+        group_bytes_read=bytes_read,
+        seconds=seconds,
+        mapped=mapped or (),
     )
 
 
@@ -608,8 +636,7 @@ class _Source:
 def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: Rename) -> _Source:
     names = _names_by_leaf(checkpoint)
     leaves = list(checkpoint.leaves().values())
-    # Renamed leaves without `like` are nested by their keys.
-    is_in_tree = checkpoint.separator != "/" and rename is not None and like is None
+    is_in_tree = checkpoint.is_nested and like is None
     manifest = Manifest(
         data="",
         created_s=0.0,
@@ -638,17 +665,30 @@ def _spec_of(leaf: ForeignLeaf, *, has_like: bool) -> LeafSpec:
     return LeafSpec(kind, describe_dtype(leaf.dtype), leaf.shape, committed=False)
 
 
-def _read_targets(source: _Source, targets: dict[int, Target], options: RestoreOptions) -> dict[int, Any]:
-    """Reads and places what is wanted, by number. All damage is raised at once."""
+def _read_targets(
+    source: _Source, targets: dict[int, Target], options: RestoreOptions, mapped: set[int] | None
+) -> dict[int, Any]:
+    """Reads and places what is wanted, by number. All damage is raised at once.
+
+    Args:
+      source: Where from.
+      targets: What is wanted.
+      options: How.
+      mapped: Given where arrays may show the file; gets the leaves of which they do.
+    """
     restored: dict[int, Any] = {}
     problems: list[Problem] = []
     derived = {number: target for number, target in targets.items() if target.derivation is not None}
     whole = {number: target for number, target in targets.items() if target.derivation is None}
+    views = {} if mapped is None else _views_of(source, whole)
+    if mapped is not None:
+        mapped.update(views)
     waves = plan_waves(source.manifest, whole, resolve_host_bytes_max(options.host_bytes_max))
     with concurrent.futures.ThreadPoolExecutor(options.io_threads, "jaxckpt-read") as executor:
         for wave in waves:
             try:
-                restored |= _read_wave(source, {number: whole[number] for number in wave}, executor, problems)
+                wanted = {number: whole[number] for number in wave}
+                restored |= _read_wave(source, wanted, views, executor, problems)
             except BaseException:
                 executor.shutdown(cancel_futures=True)
                 raise
@@ -663,9 +703,20 @@ def _read_targets(source: _Source, targets: dict[int, Target], options: RestoreO
     return restored
 
 
+def _views_of(source: _Source, targets: dict[int, Target]) -> dict[int, np.ndarray[Any, Any]]:
+    """The leaves that need not be read, since arrays can show the file: on CPU, and where JAX takes them as they are."""
+    views: dict[int, np.ndarray[Any, Any]] = {}
+    for leaf in mappable_leaves(source.manifest, targets):
+        view = source.checkpoint.view(source.leaves[leaf].key)
+        if view is not None and view.size and view.ctypes.data % _ALIGNMENT == 0:
+            views[leaf] = view
+    return views
+
+
 def _read_wave(
     source: _Source,
     targets: dict[int, Target],
+    views: dict[int, np.ndarray[Any, Any]],
     executor: concurrent.futures.Executor,
     problems: list[Problem],
 ) -> dict[int, Any]:
@@ -675,8 +726,11 @@ def _read_wave(
     for number, target in targets.items():
         numbers_of_leaf.setdefault(target.leaf, []).append(number)
     reads = [
-        (numbers, executor.submit(_read_leaf, source, [targets[number] for number in numbers]))
-        for numbers in numbers_of_leaf.values()
+        (
+            numbers,
+            executor.submit(_read_leaf, source, [targets[number] for number in numbers], views.get(leaf)),
+        )
+        for leaf, numbers in numbers_of_leaf.items()
     ]
     reads.reverse()
     while reads:
@@ -697,8 +751,10 @@ def _noting_damage(source: _Source, target: Target, problems: list[Problem]) -> 
         problems.extend(error.problems or [Problem(key, "checksum", str(error))])
 
 
-def _read_leaf(source: _Source, targets: Sequence[Target]) -> dict[Box, np.ndarray[Any, Any]]:
-    """The distinct boxes that targets need of a leaf."""
+def _read_leaf(
+    source: _Source, targets: Sequence[Target], view: np.ndarray[Any, Any] | None
+) -> dict[Box, np.ndarray[Any, Any]]:
+    """The distinct boxes that targets need of a leaf, read or cut from a view of it."""
     number = targets[0].leaf
     spec = source.manifest.spec(number)
     rank = len(spec.shape)
@@ -706,6 +762,8 @@ def _read_leaf(source: _Source, targets: Sequence[Target]) -> dict[Box, np.ndarr
     if spec.kind == "strings":
         return {whole: source.read_box(number, whole)}
     boxes = {(lo[:rank], hi[:rank]) for target in targets for lo, hi in boxes_of(target, spec)}
+    if view is not None:
+        return {box: view[tuple(map(slice, *box))] for box in boxes}
     elements = sum(math.prod(stop - start for start, stop in zip(*box, strict=True)) for box in boxes)
     if elements < math.prod(spec.shape):
         return {box: source.read_box(number, box) for box in boxes}

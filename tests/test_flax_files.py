@@ -101,7 +101,7 @@ def test_what_flax_packs_is_restored_onto_devices(path: pathlib.Path):
     like = jax.tree.map(jnp.asarray, TREE)
     restored = flax.read(path, like=like, cast=True)
     assert_same_tree(restored, like)
-    mesh = make_mesh((4,), ("x",))
+    mesh = make_mesh({"x": 4})
     rows = NamedSharding(mesh, P("x"))
     kernel = flax.read(path, select="params/dense/kernel", sharding=rows)["params/dense/kernel"]
     assert kernel.sharding == rows

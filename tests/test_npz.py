@@ -83,7 +83,7 @@ def test_a_part_is_read_alone(path: pathlib.Path):
 
 
 def test_arrays_come_onto_devices(path: pathlib.Path):
-    mesh = make_mesh((4,), ("x",))
+    mesh = make_mesh({"x": 4})
     rows = NamedSharding(mesh, P("x"))
     np.savez(path, **{"layers/0/w": np.arange(32, dtype=np.float32).reshape(8, 4)})
     like = {"layers": [{"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=rows)}]}

@@ -229,7 +229,7 @@ def test_what_has_no_place_in_the_format_is_listed(path: pathlib.Path):
 def test_each_device_gets_its_part_and_no_more_is_read(path: pathlib.Path):
     values = np.arange(512 * 1024, dtype=np.float32).reshape(512, 1024)
     safetensors.write(path, {"w": values, "other": values})
-    mesh = make_mesh((8,), ("x",))
+    mesh = make_mesh({"x": 8})
     rows = NamedSharding(mesh, P("x"))
     restored, report = safetensors.read(path, select="w", sharding=rows, report=True)
     assert restored["w"].sharding == rows
@@ -265,7 +265,7 @@ def test_a_view_shows_the_file(path: pathlib.Path):
 
 
 def test_arrays_of_devices_are_written(path: pathlib.Path):
-    mesh = make_mesh((4, 2), ("x", "y"))
+    mesh = make_mesh({"x": 4, "y": 2})
     values = np.arange(64 * 16, dtype=np.float32).reshape(64, 16)
     tree = {
         "sharded": jax.device_put(values, NamedSharding(mesh, P("x", "y"))),
@@ -500,7 +500,7 @@ def test_damage_in_a_restore_is_one_error(path: pathlib.Path):
 
 
 def test_a_checkpoint_goes_there_and_back(tmp_path: pathlib.Path):
-    mesh = make_mesh((8,), ("x",))
+    mesh = make_mesh({"x": 8})
     tree = {
         "layers": [
             {"w": jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh, P("x")))},

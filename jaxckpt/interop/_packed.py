@@ -34,7 +34,8 @@ COMPLEX = 2
 SCALAR = 3
 CHUNKED_KEY = "__msgpack_chunked_array__"
 
-_DEPTH_MAX = 500
+# Far more than any state has; what reads one goes down by recursion.
+_DEPTH_MAX = 100
 _WINDOW_BYTES = 64 << 10
 # A name, a dtype or a text that is no value of a state.
 _TEXT_BYTES_MAX = 64 << 20
@@ -80,7 +81,7 @@ class PackedArray:
 Node = Any
 
 
-def index_file(source: SourceFile) -> dict[str, Node]:
+def index_file(source: SourceFile) -> dict[tuple[str, ...], Node]:
     """The arrays and values of a file by their paths, in its order.
 
     Raises:
@@ -94,23 +95,20 @@ def index_file(source: SourceFile) -> dict[str, Node]:
     root = reader.value(0)
     if reader.at != source.size:
         reader.fail(f"ends at byte {reader.at} of {source.size}")
-    found: dict[str, Node] = {}
-    for path, leaf in _leaves_of(root, ()):
-        name = "/".join(path)
-        if name in found:
-            reader.fail(f"has two values with the path {name!r}")
-        found[name] = leaf
-    return found
+    return dict(_leaves_of(root, ()))
 
 
 def _leaves_of(node: Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
-    if isinstance(node, list):
-        node = {str(number): each for number, each in enumerate(node)}
-    if not isinstance(node, dict):
+    if not isinstance(node, (dict, list)):
         yield path, node
         return
-    for key, inner in node.items():
+    children: dict[str, Node] = node if isinstance(node, dict) else _numbered(node)
+    for key, inner in children.items():
         yield from _leaves_of(inner, (*path, key))
+
+
+def _numbered(values: Sequence[Node]) -> dict[str, Node]:
+    return {str(number): value for number, value in enumerate(values)}
 
 
 @final
