@@ -10,7 +10,8 @@ The format of the source is found out, that of the destination is said. A format
    checksum is made while it is written, and compared with what is read.
 
 Values, names and shapes stay what they are, and metadata where a format has it. A checkpoint of ours gets a tree of
-dicts (`nest`), and its arrays no shardings, since other formats have none. What has no counterpart in the destination
+dicts (`nest`), and its arrays no shardings, since other formats have none; those of 64-bit types, which JAX has only
+with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
 is an error before anything is written. Deliberately not here: devices, and from ours to ours, which is what `restore`
 and `save` are for.
 """
@@ -133,8 +134,8 @@ def convert(
     """Writes a checkpoint in another format, and verifies what was written.
 
     Args:
-      source: A checkpoint of any format that is known, or the directory of a `CheckpointManager`; how each is named says
-        its module in `jaxckpt.interop`.
+      source: A checkpoint of any format that is known, or the directory of a `CheckpointManager`; how each is named
+        says its module in `jaxckpt.interop`.
       destination: Where to write; for TensorFlow the prefix of the files.
       to: Format of the destination, one of `FORMATS`; None: what the name says that ends in ``.safetensors``, ``.npz``
         or ``.msgpack`` (Flax), else jaxckpt's own.
@@ -154,8 +155,8 @@ def convert(
       ExistsError: A checkpoint is at ``destination``, and ``overwrite`` is False.
       MismatchError: ``select`` or ``rename`` does not fit the names.
       UnsupportedLeafError: The destination's format has nothing for an array; `.problems` lists all of them.
-      ValueError: Nothing would change: both formats are the same, and neither ``select`` nor ``rename`` nor ``dtype`` is
-        given; or both are this library's; or ``dtype`` is not floating.
+      ValueError: Nothing would change, since both formats are the same, and neither ``select`` nor ``rename`` nor
+        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating.
       WriteError: Storage refused a write.
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays.
@@ -317,6 +318,8 @@ def _forms(keys: Sequence[str], leaves: Sequence[Any], to: str, dtype: np.dtype[
 
 def _form_of(leaf: Any, to: str, dtype: np.dtype[Any] | None) -> Any:
     """A `StreamedArray`, a NumPy array of strings, or a Python value."""
+    if isinstance(leaf, ForeignArray) and leaf.value is not None:
+        return leaf.value
     if leaf.dtype is None:
         return leaf[...] if to != OWN_FORMAT else _own_strings(leaf[...])
     if isinstance(leaf, StoredLeaf):
@@ -358,8 +361,13 @@ def _cast_stream(
 
 
 def _is_cast(leaf: Any, dtype: np.dtype[Any] | None) -> bool:
-    is_array = isinstance(leaf.dtype, np.dtype) and getattr(leaf, "kind", "array") in ("array", "numpy")
-    return dtype is not None and is_array and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+    is_array = leaf.value is None if isinstance(leaf, ForeignArray) else leaf.kind in ("array", "numpy")
+    return (
+        dtype is not None
+        and is_array
+        and isinstance(leaf.dtype, np.dtype)
+        and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+    )
 
 
 def _nbytes_as(leaf: Any, dtype: np.dtype[Any] | None) -> int:

@@ -57,6 +57,7 @@ from ._restoring import (
 )
 from ._shardings import Box
 from ._storage import Buffer
+from ._values import encode_value
 
 # Names with more parts than this keep the rest in one: a file must not decide how deep a tree gets.
 _PARTS_MAX = 64
@@ -76,12 +77,14 @@ class ForeignLeaf:
       dtype: Type of the elements; None for strings of bytes, and for what NumPy has no type for.
       shape: Shape.
       stored_as: The format's own name of the dtype, such as ``"DT_FLOAT"``.
+      value: A Python or NumPy scalar, where the file has one and no array; it is restored as such.
     """
 
     key: str
     dtype: np.dtype[Any] | None
     shape: tuple[int, ...]
     stored_as: str = ""
+    value: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -261,6 +264,11 @@ class ForeignArray:
     def nbytes(self) -> int:
         """Bytes of the array; 0 for strings."""
         return self._leaf.nbytes
+
+    @property
+    def value(self) -> Any:
+        """A Python or NumPy scalar, where the file has one and no array; else None."""
+        return self._leaf.value
 
     def __repr__(self) -> str:
         return f"ForeignArray({self.key!r}, {self.dtype or 'strings'}, {self.shape})"
@@ -636,17 +644,18 @@ class _Source:
 def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: Rename) -> _Source:
     names = _names_by_leaf(checkpoint)
     leaves = list(checkpoint.leaves().values())
-    is_in_tree = checkpoint.is_nested and like is None
     manifest = Manifest(
         data="",
         created_s=0.0,
         writer={},
         metadata=None,
         nodes=[["dict", list(checkpoint.keys())], *[0] * len(leaves)],
-        keys=tuple(_choose_keys(names, like, rename, in_tree=is_in_tree)),
+        keys=tuple(_choose_keys(names, like, rename, in_tree=checkpoint.is_nested)),
         specs=tuple(_spec_of(leaf, has_like=like is not None) for leaf in leaves),
         spec_index=np.arange(len(leaves)),
-        values={},
+        values={
+            number: encode_value(leaf.value) for number, leaf in enumerate(leaves) if leaf.value is not None
+        },
         shardings=(),
         directories={},
         packs=(),
@@ -657,6 +666,8 @@ def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: 
 
 
 def _spec_of(leaf: ForeignLeaf, *, has_like: bool) -> LeafSpec:
+    if leaf.value is not None:
+        return LeafSpec("value")
     if leaf.dtype is None:
         return LeafSpec("strings", shape=leaf.shape)
     # Most files have a step of 64 bits; that JAX cannot have it must not keep anybody from reading the rest.
@@ -704,7 +715,7 @@ def _read_targets(
 
 
 def _views_of(source: _Source, targets: dict[int, Target]) -> dict[int, np.ndarray[Any, Any]]:
-    """The leaves that need not be read, since arrays can show the file: on CPU, and where JAX takes them as they are."""
+    """The leaves that are not read, since arrays can show the file: on CPU, where JAX takes memory as it is."""
     views: dict[int, np.ndarray[Any, Any]] = {}
     for leaf in mappable_leaves(source.manifest, targets):
         view = source.checkpoint.view(source.leaves[leaf].key)
@@ -759,6 +770,8 @@ def _read_leaf(
     spec = source.manifest.spec(number)
     rank = len(spec.shape)
     whole: Box = ((0,) * rank, spec.shape)
+    if spec.kind == "value":
+        return {}
     if spec.kind == "strings":
         return {whole: source.read_box(number, whole)}
     boxes = {(lo[:rank], hi[:rank]) for target in targets for lo, hi in boxes_of(target, spec)}
@@ -787,7 +800,8 @@ def _place(source: _Source, targets: Sequence[Target], parts: dict[Box, np.ndarr
             elements = part.copy() if placed else np.ascontiguousarray(part)
             buffer = elements.reshape(-1).view(np.uint8) if part.size else None
             destinations.append(Destination(target.leaf, (lo, hi), part.nbytes, 0, buffer))
-        placed.append(place_leaf(source, target, None, destinations))
+        value = source.manifest.values.get(target.leaf)
+        placed.append(place_leaf(source, target, value, destinations))
     return placed
 
 

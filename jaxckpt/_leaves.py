@@ -292,7 +292,9 @@ def _inspect_numpy(leaf: np.ndarray[Any, Any]) -> _Leaf:
 
 
 def _inspect_streamed(leaf: StreamedArray) -> _Leaf:
-    kind = "array" if is_jax_dtype(leaf.dtype) else "numpy"
+    # What JAX cannot have here would keep every restore without `like` from the rest.
+    is_for_jax = is_jax_dtype(leaf.dtype) and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+    kind = "array" if is_for_jax else "numpy"
     spec = LeafSpec(kind=kind, dtype=describe_dtype(leaf.dtype), shape=leaf.shape, committed=kind != "array")
     return _Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
 

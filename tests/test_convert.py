@@ -202,7 +202,7 @@ def test_one_format_is_not_converted_into_itself(bundle, path, tmp_path):
         convert(path, tmp_path / "b")
     with pytest.raises(ValueError, match="is a tensorflow checkpoint already"):
         convert(bundle, tmp_path / "b", to="tensorflow")
-    with pytest.raises(ValueError, match="to must be one of 'jaxckpt', .*'tensorflow'.*, not 'pickle'"):
+    with pytest.raises(ValueError, match=r"to must be one of 'jaxckpt', .*'tensorflow'.*, not 'pickle'"):
         convert(path, tmp_path / "b", to="pickle")
     assert not (tmp_path / "b").exists()
 

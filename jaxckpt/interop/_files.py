@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import stat
+import sys
 from collections.abc import Callable
 from typing import Any, final
 
@@ -23,6 +24,9 @@ from jaxckpt._store import open_store
 
 # Bytes that are in memory beside the box.
 _PIECE_BYTES = 4 << 20
+# Flag of mmap(2) that Python does not name: no memory is set aside for copies of pages, of which there may be more than
+# the machine has memory.
+_MAP_NORESERVE = 0x4000
 # Reading this many bytes takes as long as asking for bytes elsewhere.
 _SEEK_BYTES = 32 << 10
 
@@ -156,7 +160,7 @@ class SourceFile:
         if self._descriptor < 0 or self.size == 0:
             return None
         try:
-            return np.frombuffer(mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY), np.uint8)
+            return np.frombuffer(_map(self._descriptor, self.size), np.uint8)
         except OSError:  # not every file system can
             return None
 
@@ -178,6 +182,11 @@ class SourceFile:
             message = f"has {self.size} bytes, but bytes [{offset}, {offset + length}) must be there"
             raise corrupt(self.path, "length", message)
         return length
+
+
+def _map(descriptor: int, length: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+    return mmap.mmap(descriptor, length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @final

@@ -225,7 +225,11 @@ class _Reader:
         array = self._array(shape, name, data)
         if self.at != end:
             self.fail(f"has an array that ends at byte {self.at} instead of {end}")
-        return array
+        if code == ARRAY:
+            return array
+        if array.shape:
+            self.fail(f"has a scalar of the shape {array.shape}")
+        return np.frombuffer(self._source.read(*array.ranges[0]), array.dtype)[0]
 
     def _fields(self, count: int, end: int) -> list[Any]:
         """The values that an extension packs; the bytes of an array are not read but as the place where they are."""

@@ -197,7 +197,7 @@ def _plan_leaf(leaf: Any) -> list[_Part]:
         if contents.shape:
             raise RefusedError("is an array of strings, which Flax cannot pack")
         return _plan_leaf(contents.strings[0])
-    if dtype_from(contents.dtype.name) != contents.dtype:
+    if not _has_name(contents.dtype):
         raise RefusedError(f"has the dtype {contents.dtype}, which Flax cannot pack")
     elements = _Elements(contents)
     count = math.prod(contents.shape)
@@ -212,6 +212,13 @@ def _plan_leaf(leaf: Any) -> list[_Part]:
     }
     shape = {str(axis): _Packed([_packb(size)]) for axis, size in enumerate(contents.shape)}
     return list(_pack({CHUNKED_KEY: _Packed([_packb(True)]), "shape": shape, "chunks": chunks}))
+
+
+def _has_name(dtype: np.dtype[Any]) -> bool:
+    try:
+        return dtype_from(dtype.name) == dtype
+    except ValueError:
+        return False
 
 
 def _plan_array(elements: _Elements, shape: tuple[int, ...], dtype: np.dtype[Any], code: int) -> list[_Part]:

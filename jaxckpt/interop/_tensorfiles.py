@@ -237,18 +237,18 @@ def write_files(
         if there & set(names):
             token = secrets.token_hex(4)  # what is there stays as it is until the index names the others
             names = [f"model-{token}-{name.removeprefix('model-')}" for name in names]
-        written: list[str] = []
         try:
             for name, tensors in zip(names, files, strict=True):
                 _write_file(store, name, tensors, metadata, meter)
-                written.append(name)
-            meter.enter("commit")
-            store.publish(INDEX_NAME, _index_of(names, files))
         except BaseException:
-            for name in written:
+            for name in names:
                 with contextlib.suppress(OSError):  # the failure that matters is the one that led here
                     store.delete(name)
             raise
+        meter.enter("commit")
+        store.publish(
+            INDEX_NAME, _index_of(names, files)
+        )  # where this fails, either index has all of its files
         stale = [single_name, *old_names]
     for name in stale:
         if name in there:

@@ -46,8 +46,9 @@ _STEP = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?(e[+-]?[0-9]{1,2})?")
 class FlaxCheckpoint(ForeignCheckpoint):
     """A msgpack file of Flax, open for reading from any thread; `open` makes these.
 
-    Arrays have the path that they have in the file, with ``/`` between its parts. Python's numbers are arrays without
-    axes; texts and bytes are strings. None and empty dicts have no leaf.
+    Arrays have the path that they have in the file, with ``/`` between its parts, which are escaped as in keys where
+    they have ``/`` or ``~`` themselves. Python's numbers are arrays without axes, texts and bytes are strings; all of
+    them are restored as what they are. None and empty dicts have no leaf.
     """
 
     is_nested = True
@@ -67,15 +68,15 @@ class FlaxCheckpoint(ForeignCheckpoint):
             if node is None:
                 continue
             tree_key = "/".join(keys_of_names(parts, None))
-            name = "/".join(parts)
-            if name in self._leaves:  # another leaf has such a name with other parts
-                name = tree_key
+            # Escaped where it would not be told from that of other parts.
+            name = tree_key if set("/~") & set("".join(parts)) else "/".join(parts)
             self._tree_keys.append(tree_key)
+            value = None if isinstance(node, PackedArray) else node
             array = node if isinstance(node, PackedArray) else _array_of_value(node)
             self._arrays[name] = array
             dtype = None if array.dtype == object else array.dtype
             stored_as = "strings" if dtype is None else str(dtype)
-            self._leaves[name] = ForeignLeaf(name, dtype, array.shape, stored_as)
+            self._leaves[name] = ForeignLeaf(name, dtype, array.shape, stored_as, value)
 
     def leaves(self) -> Mapping[str, ForeignLeaf]:
         """The arrays by name, in the order of the file.
@@ -255,8 +256,8 @@ def read(
     """Restores a msgpack file of Flax as a tree of JAX arrays, straight onto devices.
 
     Without ``like`` the result is the nested dicts of the file, with integers as keys where it has lists and tuples,
-    which match those of ``like``. Texts come as bytes; without ``like``, 64-bit types, such as Python's numbers are,
-    come as NumPy arrays unless ``jax_enable_x64`` is set.
+    which match those of ``like``, and arrays of 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is set.
+    Python's numbers and texts come as what they are.
 
     Args:
       path: As for `open`, or an open checkpoint.

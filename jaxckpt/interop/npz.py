@@ -71,8 +71,6 @@ __all__ = ["NpzCheckpoint", "can_read", "open", "read", "write"]
 _SUFFIX = ".npy"
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LOCAL_MAGIC = b"PK\x03\x04"
-# Of an archive with entries, and of one without.
-_FIRST_BYTES = (_LOCAL_MAGIC, b"PK\x05\x06")
 # What NumPy's reader takes.
 _HEADER_BYTES_MAX = 64 << 10
 _PIECE_BYTES = 4 * MIB
@@ -128,12 +126,11 @@ class NpzCheckpoint(ForeignCheckpoint):
             raise
 
     def _open_archive(self) -> zipfile.ZipFile:
-        is_named = split_path(self.path)[1].endswith(".npz")
-        if not is_named and bytes(self._source.read(0, min(self._source.size, 4))) not in _FIRST_BYTES:
-            raise NotFoundError(f"{self.path!r} is no archive of arrays")
         try:
             return zipfile.ZipFile(FileView(self._source))
         except _BROKEN as error:
+            if not split_path(self.path)[1].endswith(".npz"):
+                raise NotFoundError(f"{self.path!r} is no archive of arrays: {error}") from error
             raise corrupt(self.path, "manifest", f"is damaged, or no archive: {error}") from error
 
     def _find_members(self, archive: zipfile.ZipFile) -> dict[str, _Member]:
