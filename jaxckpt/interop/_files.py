@@ -7,6 +7,7 @@ they are read too.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import mmap
@@ -210,7 +211,7 @@ class FileView(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence]
         if base + offset < 0:
-            raise ValueError(f"there is no byte {base + offset}")
+            raise OSError(errno.EINVAL, f"there is no byte {base + offset}")
         self._at = base + offset
         return self._at
 

@@ -26,6 +26,7 @@ import io
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,8 @@ _PIECE_BYTES = 4 * MIB
 _DEFLATE_RATIO_MAX = 1032
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, NotImplementedError)
+# Beside these, what NumPy's reader of headers raises, which makes a tree of Python's syntax of up to 10,000 characters.
+_UNREADABLE = (SyntaxError, TypeError, LookupError, OverflowError, MemoryError, tokenize.TokenError)
 # The least that the calendar of archives knows, so that the same arrays make the same file.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -152,7 +155,7 @@ class NpzCheckpoint(ForeignCheckpoint):
             with archive.open(info) as file:
                 header = io.BytesIO(file.read(_HEADER_BYTES_MAX))
             shape, is_fortran, stored_dtype = _read_header(header)
-        except _BROKEN as error:
+        except (*_BROKEN, *_UNREADABLE) as error:
             kind = "checksum" if "Bad CRC-32" in str(error) else "manifest"
             raise corrupt(self.path, kind, f"{info.filename} is no array: {error}", name) from error
         header_bytes = header.tell()
