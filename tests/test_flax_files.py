@@ -291,7 +291,20 @@ def test_changed_bytes_do_no_more_than_raise(tmp_path_factory: pytest.TempPathFa
         pass
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"\x93\x01\x02\x03", b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"text",
+        b"\x80\x04K\x01.",
+        b"\x81\x01\x02",
+        b"\x89HDF",
+        b"\xde",
+        b"\xdf\0\0\0\1",
+        b"\x93\x01\x02\x03",
+        b"PK\x03\x04",
+    ],
+)
 def test_other_files_are_not_found_to_be_flax(path: pathlib.Path, data: bytes):
     path.write_bytes(data)
     with pytest.raises(NotFoundError):
@@ -337,12 +350,12 @@ def packed_array(shape: Any, name: Any, data: bytes) -> bytes:
         msgpack.packb({"a": msgpack.ExtType(9, b"\x01")}),
         msgpack.packb({"a": {"__msgpack_chunked_array__": True}}),
         msgpack.packb({"__msgpack_chunked_array__": True, "shape": {"0": 1 << 50}, "chunks": {"0": 1}}),
-        msgpack.packb({1.5: 1}),
-        msgpack.packb({b"a": 1}),
-        b"\x81" * 10_000,
+        msgpack.packb({"a": {1.5: 1}}),
+        msgpack.packb({"a": {b"a": 1}}),
+        b"\x81\xa1a" + b"\x81" * 10_000,
         b"\x81\xa1a" * 400,
         b"\x81\xa1a" + b"\x91" * 1_000,
-        b"\xdf\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff\xa1a",
         b"\x81\xa1a\xdd\xff\xff\xff\xff",
         b"\x81\xa1a\xc6\xff\xff\xff\xff",
         b"\x81\xa1a\xc1",

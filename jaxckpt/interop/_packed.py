@@ -88,14 +88,26 @@ def index_file(source: SourceFile) -> dict[tuple[str, ...], Node]:
       NotFoundError: It is no such file.
       CorruptError: It is damaged.
     """
-    first = source.read(0, min(source.size, 1)).tobytes()
-    if not first or not (0x80 <= first[0] <= 0x8F or first[0] in _MAP):
-        raise NotFoundError(f"{source.path!r} is no msgpack file of Flax's: it does not begin with a dict")
+    if not _begins_with_name(source.read(0, min(source.size, 6)).tobytes()):
+        raise NotFoundError(
+            f"{source.path!r} is no msgpack file of Flax's: it does not begin with a dict of names"
+        )
     reader = _Reader(source)
     root = reader.value(0)
     if reader.at != source.size:
         reader.fail(f"ends at byte {reader.at} of {source.size}")
     return dict(_leaves_of(root, ()))
+
+
+def _begins_with_name(data: bytes) -> bool:
+    """Whether these are the first bytes of a dict whose first key is a text; so do few other files begin."""
+    if data in (b"", b"\x80"):
+        return bool(data)
+    length_bytes = 0 if 0x81 <= data[0] <= 0x8F else _MAP.get(data[0])
+    if length_bytes is None:
+        return False
+    key = data[1 + length_bytes : 2 + length_bytes]
+    return any(0xA0 <= byte <= 0xBF or byte in _STR for byte in key)
 
 
 def _leaves_of(node: Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
