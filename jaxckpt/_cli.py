@@ -100,8 +100,8 @@ _CONVERT_HELP = """\
 Writes a checkpoint in another format. That of SRC is found out; that of DST is --to, or what DST ends in: .safetensors,
 .npz, .msgpack (Flax), else jaxckpt. A checkpoint of TensorFlow is named by its prefix, one of its files or its
 directory, and written as a prefix. A SRC with numbered checkpoints means the newest, or --step. The new checkpoint is
-read again before the command ends. Memory stays at some dozens of MiB, whatever the size of the checkpoint; of npz an
-array in Fortran order, and of Flax on object stores a file, is in memory whole.
+read again, and compared, before the command ends. Memory stays at some dozens of MiB, whatever the size of the
+checkpoint; arrays of npz in Fortran order, and files that are written to object stores, are in memory whole.
 
 The leaves of a converted checkpoint have the names of the arrays as their keys, so that restore(like=...) finds them;
 the dots of safetensors are slashes. Where a name lies below another, as w/Adam below w, the rest of it is one part with

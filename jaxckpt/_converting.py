@@ -159,7 +159,8 @@ def convert(
         ``dtype`` is given; or both are this library's; or ``dtype`` is not floating.
       WriteError: Storage refused a write.
 
-    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays.
+    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
+      in the other byte order are in memory whole, one at a time; of files on object stores, each that is written.
     """
     began_s = time.perf_counter()
     wanted_dtype = None if dtype is None else _floating_dtype(dtype)

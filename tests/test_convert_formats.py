@@ -61,7 +61,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
 
 def read_own(path: pathlib.Path) -> dict[str, np.ndarray[Any, Any]]:
     checkpoint = jaxckpt.open(path)
-    return {key: checkpoint[key][...] for key in checkpoint.keys()}
+    return {key: checkpoint[key][...] for key in checkpoint}
 
 
 def said(form: str) -> str | None:
