@@ -97,17 +97,20 @@ to --output, or printed. For example:
 """
 
 _CONVERT_HELP = """\
-Writes a checkpoint in another format. That of SRC is found out; a checkpoint of TensorFlow is named by its prefix, one
-of its files or its directory, and written as a prefix. The new checkpoint is verified before the command ends. Memory
-stays at some dozens of MiB, whatever the size of the checkpoint; from Orbax, at some of its chunks.
+Writes a checkpoint in another format. That of SRC is found out; that of DST is --to, or what DST ends in: .safetensors,
+.npz, .msgpack (Flax), else jaxckpt. A checkpoint of TensorFlow is named by its prefix, one of its files or its
+directory, and written as a prefix. A SRC with numbered checkpoints means the newest, or --step; that of a
+CheckpointManager of Orbax's becomes one of jaxckpt's, with all steps. The new checkpoint is read again, and compared,
+before the command ends. Memory stays at some dozens of MiB, whatever the size of the checkpoint; arrays of npz in
+Fortran order, files that are written to object stores, and chunks of Orbax's are in memory whole.
 
-The directory of a CheckpointManager of Orbax's becomes one of jaxckpt's, with all steps.
-
-The leaves of a converted checkpoint have the names of the arrays as their keys, so that restore(like=...) finds them.
-Where a name lies below another, as w/Adam below w, the rest of it is one part with an escaped slash: w~1Adam.
+The leaves of a converted checkpoint have the names of the arrays as their keys, so that restore(like=...) finds them;
+the dots of safetensors are slashes. Where a name lies below another, as w/Adam below w, the rest of it is one part with
+an escaped slash: w~1Adam.
 
   jaxckpt convert model.ckpt-1000 run/imported --select 'model/*' --rename model=params --dtype bfloat16
   jaxckpt convert run/step_100 exported/model.ckpt --to tensorflow --select 'params/*'
+  jaxckpt convert run/ model.safetensors --step 100 --select 'params/*' --rename params=model --dtype bfloat16
   jaxckpt convert orbax_run run
 """
 
@@ -239,7 +242,12 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
     command = add("convert", _convert, "write a checkpoint in another format", _CONVERT_HELP)
-    command.add_argument("--to", choices=FORMATS, default=OWN_FORMAT, help=f"format of DST ({OWN_FORMAT})")
+    command.add_argument(
+        "--to", choices=FORMATS, help=f"format of DST (what its name ends in, else {OWN_FORMAT})"
+    )
+    command.add_argument(
+        "--step", type=int, metavar="N", help="which one, where SRC has numbered ones (the newest)"
+    )
     command.add_argument(
         "--select",
         action="append",
@@ -637,6 +645,7 @@ def _convert(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -
             arguments.source,
             arguments.destination,
             to=arguments.to,
+            step=arguments.step,
             select=arguments.select,
             rename=dict(arguments.rename) or None,
             dtype=arguments.dtype,

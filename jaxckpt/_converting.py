@@ -6,10 +6,12 @@ The format of the source is found out, that of the destination is said. A format
 1. The arrays are listed, selected and renamed by name. Nothing is read yet.
 2. They are streamed: a few MiB of an array are read, cast if that was asked for, and written, then the next. Neither
    a checkpoint nor an array is ever in memory whole; strings are, one array of them at a time.
-3. What was written is read once more and verified.
+3. What was written is read once more. A checkpoint of ours has checksums for that; of every array in other formats the
+   checksum is made while it is written, and compared with what is read.
 
 Values, names and shapes stay what they are, and metadata where a format has it. A checkpoint of ours gets a tree of
-dicts (`nest`), and its arrays no shardings, since other formats have none. What has no counterpart in the destination
+dicts (`nest`), and its arrays no shardings, since other formats have none; those of 64-bit types, which JAX has only
+with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
 is an error before anything is written. Deliberately not here: devices, and from ours to ours, which is what `restore`
 and `save` are for.
 
@@ -24,12 +26,14 @@ import dataclasses
 import importlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 
 from ._config import MIB, PIECE_BYTES, RestoreOptions, SaveOptions
 from ._dtypes import dtype_from
@@ -43,10 +47,12 @@ from ._errors import (
     UnsupportedLeafError,
     list_problems,
 )
-from ._foreign import ForeignArray, ForeignCheckpoint, nest_selected, select_names
+from ._foreign import ForeignArray, ForeignCheckpoint, name_of_key, nest_selected, select_names
 from ._inspect import format_count, verify
+from ._keys import flatten
 from ._layout import flat_boxes
 from ._leaves import StreamedArray
+from ._manifest import MANIFEST_NAME
 from ._naming import Select
 from ._placement import cast
 from ._progress import Progress, ProgressMeter, format_bytes
@@ -65,6 +71,10 @@ FOREIGN_FORMATS = ("tensorflow", "safetensors", "npz", "flax")
 FORMATS = (OWN_FORMAT, *FOREIGN_FORMATS)
 # Read, and not written.
 SOURCE_FORMATS = (*FORMATS, "orbax")
+
+_FORMAT_OF_SUFFIX = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "flax"}
+# Directories of managers and of other libraries have names such as step_00000100 and checkpoint_100.
+_NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
 
 # Two pieces, one of which is written while the next is read. JAX itself takes 150 MiB when it is imported, and all
 # together shall stay below 200.
@@ -124,7 +134,8 @@ def convert(
     source: Path,
     destination: Path,
     *,
-    to: str = OWN_FORMAT,
+    to: str | None = None,
+    step: int | None = None,
     select: Select = None,
     rename: Mapping[str, str] | None = None,
     dtype: Any = None,
@@ -134,10 +145,12 @@ def convert(
     """Writes a checkpoint in another format, and verifies what was written.
 
     Args:
-      source: A checkpoint of any format that is known; how each is named says its module in `jaxckpt.interop`. A
-        directory of Orbax's steps becomes a directory for `CheckpointManager`.
+      source: A checkpoint of any format that is known, or the directory of a `CheckpointManager`; how each is named
+        says its module in `jaxckpt.interop`. Without ``step``, a directory of Orbax's steps becomes one of ours.
       destination: Where to write; for TensorFlow the prefix of the files.
-      to: Format of the destination, one of `FORMATS`.
+      to: Format of the destination, one of `FORMATS`; None: what the name says that ends in ``.safetensors``, ``.npz``
+        or ``.msgpack`` (Flax), else jaxckpt's own.
+      step: Which one, where the source is a directory of numbered checkpoints; None: the newest.
       select: As for `jaxckpt.restore`: which arrays are taken, by their names in the source.
       rename: As for `jaxckpt.restore`: mapping of names, or of leading parts of them, to new ones.
       dtype: Floating type that all arrays of another floating type are cast to.
@@ -153,33 +166,38 @@ def convert(
       ExistsError: A checkpoint is at ``destination``, and ``overwrite`` is False.
       MismatchError: ``select`` or ``rename`` does not fit the names.
       UnsupportedLeafError: The destination's format has nothing for an array; `.problems` lists all of them.
-      ValueError: Both formats are the same, or ``dtype`` is not floating.
+      ValueError: Nothing would change, since both formats are the same, and neither ``select`` nor ``rename`` nor
+        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating.
       WriteError: Storage refused a write.
 
-    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays; from Orbax 64 MiB, or some chunks.
+    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
+      in the other byte order are in memory whole, one at a time; of files on object stores, each that is written; of
+      Orbax's, 64 MiB or some chunks.
     """
     began_s = time.perf_counter()
     choices = _Choices(
         select, rename, None if dtype is None else _floating_dtype(dtype), overwrite, on_progress
     )
+    to = to or _format_named(destination)
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, not {to!r}")
-    steps = _verbs_of("orbax").steps(source)
+    changes = (select, rename, dtype) != (None, None, None)
+    steps = _verbs_of("orbax").steps(source) if step is None else ()
     if steps:
         return _convert_steps(source, destination, to, steps, choices, began_s)
     with contextlib.ExitStack() as closing:
-        source_format, opened = _open(os.fspath(source))
+        source_format, opened = _open(_step_in(os.fspath(source), step))
         if isinstance(opened, ForeignCheckpoint):
             closing.enter_context(opened)
         else:
             closing.callback(opened.release)
-        if source_format == to:
+        if source_format == to and (to == OWN_FORMAT or not changes):
             raise ValueError(
                 f"{opened.path!r} is a {to} checkpoint already; to= (--to) names another format: "
                 + ", ".join(name for name in FORMATS if name != to)
             )
-        leaves, nbytes = _write(opened, destination, to, choices)
-    problems = _verify(destination, to, on_progress)
+        leaves, nbytes, digests = _write(opened, destination, to, choices)
+    problems = _verify(destination, to, digests, on_progress)
     return Conversion(
         source=opened.path,
         source_format=source_format,
@@ -205,8 +223,13 @@ class _Choices:
 
 def _write(
     opened: Checkpoint | ForeignCheckpoint, destination: Path | Store, to: str, choices: _Choices
-) -> tuple[int, int]:
-    """Writes an open checkpoint in another format; the number of its leaves, and of their bytes."""
+) -> tuple[int, int, dict[str, Callable[[], str]]]:
+    """Writes an open checkpoint in another format.
+
+    Returns:
+      The number of its leaves and of their bytes, and where the format has no checksums of its own, the leaves'.
+    """
+    digests: dict[str, Callable[[], str]] = {}
     if isinstance(opened, ForeignCheckpoint):
         names = select_names(opened, choices.select, choices.rename)
         leaves: list[Any] = [opened[name] for name in names.values()]
@@ -230,18 +253,19 @@ def _write(
         context = _context_of(opened, choices.on_progress)
         SaveJob(destination, tree, choices.overwrite, context, options, is_blocking=True).run()
     else:
+        tree, digests = _with_digests(tree)
         extras = _metadata_for(to, opened.metadata)
         _verbs_of(to).write(
             destination, tree, overwrite=choices.overwrite, on_progress=choices.on_progress, **extras
         )
-    return len(leaves), sum(_nbytes_as(leaf, choices.dtype) for leaf in leaves)
+    return len(leaves), sum(_nbytes_as(leaf, choices.dtype) for leaf in leaves), digests
 
 
 def _context_of(opened: ForeignCheckpoint, on_progress: OnProgress | None) -> SaveContext:
     """What is saved beside the tree: all that the source says, as far as it says it."""
     created_s = opened.created_s
     return SaveContext(
-        metadata=opened.metadata,
+        metadata=opened.metadata or None,
         items=opened.items or None,
         metrics=opened.metrics,
         wall_s=time.time if created_s is None else lambda: created_s,
@@ -271,12 +295,12 @@ def _convert_steps(
     problems: list[Problem] = []
     for opened in _verbs_of("orbax").open_steps(source):
         store = directory.usual_store_of(opened.step)
-        leaves_of_step, nbytes_of_step = _write(opened, store, to, choices)
+        leaves_of_step, nbytes_of_step, digests = _write(opened, store, to, choices)
         leaves += leaves_of_step
         nbytes += nbytes_of_step
         problems += [
             dataclasses.replace(problem, message=f"step {opened.step}: {problem.message}")
-            for problem in _verify(store.path, to, choices.on_progress)
+            for problem in _verify(store.path, to, digests, choices.on_progress)
         ]
     directory.write_cache()
     return Conversion(
@@ -295,6 +319,12 @@ def _convert_steps(
 def _verbs_of(name: str) -> Any:
     """The module that knows a foreign format."""
     return importlib.import_module(f"jaxckpt.interop.{name}")
+
+
+def _format_named(path: Path) -> str:
+    """The format that the end of a name stands for."""
+    name = os.fspath(path).partition("?")[0] if "://" in os.fspath(path) else os.fspath(path)
+    return next((form for suffix, form in _FORMAT_OF_SUFFIX.items() if name.endswith(suffix)), OWN_FORMAT)
 
 
 def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
@@ -319,6 +349,39 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
     raise NotFoundError(
         "\n".join([f"no checkpoint of a known format ({', '.join(SOURCE_FORMATS)}) at {path!r}", *reasons])
     ) from not_found
+
+
+def _step_in(path: str, step: int | None) -> str:
+    """The path of a step in a directory of numbered checkpoints; without a step that of the newest one of ours.
+
+    Any other path is returned as it is.
+
+    Raises:
+      NotFoundError: The step is not there, or several are meant.
+    """
+    store = open_store(path)
+    matches = [_NUMBERED.fullmatch(name) for name in store.names()]
+    number_of_name = {match[0]: int(match[2]) for match in matches if match}
+    if step is None:
+        if store.exists(MANIFEST_NAME):
+            return path
+        own = {
+            name: number for name, number in number_of_name.items() if store.exists(f"{name}/{MANIFEST_NAME}")
+        }
+        step = max(own.values(), default=None)
+        if step is None:
+            return path
+        number_of_name = own
+    found = [name for name, number in number_of_name.items() if number == step]
+    if len(found) == 1:
+        place, mark, options = path.partition("?") if "://" in path else (path, "", "")
+        return f"{place.rstrip('/')}/{found[0]}{mark}{options}"
+    there = ", ".join(map(str, sorted(set(number_of_name.values()))[-10:])) or "none"
+    raise NotFoundError(
+        f"{path!r} has several checkpoints of step {step}; give the path of one: {', '.join(found)}"
+        if found
+        else f"{path!r} has no checkpoint of step {step}; its steps are {there}"
+    )
 
 
 def _metadata_for(to: str, metadata: Any) -> dict[str, Any]:
@@ -360,20 +423,25 @@ def _forms(keys: Sequence[str], leaves: Sequence[Any], to: str, dtype: np.dtype[
 
 
 def _form_of(leaf: Any, to: str, dtype: np.dtype[Any] | None) -> Any:
-    if isinstance(leaf, ForeignArray) and leaf.kind == "value":
-        return leaf.checkpoint.values()[leaf.key]
+    """A `StreamedArray`, a NumPy array of strings, or a Python value."""
+    if isinstance(leaf, ForeignArray) and leaf.value is not None:
+        return leaf.value
     if leaf.dtype is None:
         return leaf[...] if to != OWN_FORMAT else _own_strings(leaf[...])
-    if isinstance(leaf, StoredLeaf) and getattr(leaf.dtype, "kind", "") == "S":
-        return leaf[...].astype(object)
+    if isinstance(leaf, StoredLeaf):
+        if leaf.kind not in ("array", "numpy", "key"):
+            return leaf[...]
+        if leaf.spec.np_dtype.kind == "S":
+            return leaf[...] if to == "npz" else leaf[...].astype(object)
+        read, shape, old = _stream_of_boxes(leaf), leaf.spec.shape, leaf.spec.np_dtype
+    else:
+        read, shape, old = leaf.stream, leaf.shape, leaf.dtype
     if dtype is None or not _is_cast(leaf, dtype):
-        if not isinstance(leaf, ForeignArray):
-            return leaf
-        kind = leaf.kind if leaf.kind in ("numpy", "key") else ""
-        return StreamedArray(leaf.shape, leaf.dtype, leaf.stream, kind, leaf.impl)
+        if isinstance(leaf, ForeignArray) and leaf.kind in ("numpy", "key"):
+            return StreamedArray(shape, old, read, leaf.kind, leaf.impl)
+        return StreamedArray(shape, old, read)
     # Ranges are whole elements: pieces end at whole MiB or with the array, and floating types have 2^n bytes.
-    read = _stream_of_boxes(leaf) if isinstance(leaf, StoredLeaf) else leaf.stream
-    return StreamedArray(leaf.shape, dtype, _cast_stream(read, leaf.dtype, dtype))
+    return StreamedArray(shape, dtype, _cast_stream(read, old, dtype))
 
 
 def _stream_of_boxes(leaf: StoredLeaf) -> Callable[[int, int], Buffer]:
@@ -381,8 +449,9 @@ def _stream_of_boxes(leaf: StoredLeaf) -> Callable[[int, int], Buffer]:
     itemsize = leaf.spec.np_dtype.itemsize
 
     def read(lo: int, hi: int) -> Buffer:
-        boxes = flat_boxes(lo // itemsize, hi // itemsize, leaf.shape)
-        return np.concatenate([leaf.read_box(box).reshape(-1).view(np.uint8) for box in boxes])
+        boxes = flat_boxes(lo // itemsize, hi // itemsize, leaf.spec.shape)
+        parts = [leaf.read_box(box).reshape(-1).view(np.uint8) for box in boxes]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
 
     return read
 
@@ -400,8 +469,13 @@ def _cast_stream(
 
 
 def _is_cast(leaf: Any, dtype: np.dtype[Any] | None) -> bool:
-    is_array = isinstance(leaf.dtype, np.dtype) and getattr(leaf, "kind", "array") in ("array", "numpy")
-    return dtype is not None and is_array and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+    is_array = leaf.value is None if isinstance(leaf, ForeignArray) else leaf.kind in ("array", "numpy")
+    return (
+        dtype is not None
+        and is_array
+        and isinstance(leaf.dtype, np.dtype)
+        and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+    )
 
 
 def _nbytes_as(leaf: Any, dtype: np.dtype[Any] | None) -> int:
@@ -432,29 +506,84 @@ def _own_strings(strings: Any) -> Any:
 # --- looking at it once more ----------------------------------------------------------------------------------
 
 
-def _verify(path: Path, to: str, on_progress: OnProgress | None) -> tuple[Problem, ...]:
+def _with_digests(tree: Any) -> tuple[Any, dict[str, Callable[[], str]]]:
+    """The tree with arrays of which a checksum is made while they are read; and by key how to get that, afterwards."""
+    flat = flatten(tree)
+    digests: dict[str, Callable[[], str]] = {}
+    leaves: list[Any] = []
+    for key, leaf in zip(flat.keys, flat.leaves, strict=True):
+        digest = xxhash.xxh3_128()
+        if isinstance(leaf, StreamedArray):
+            leaves.append(StreamedArray(leaf.shape, leaf.dtype, _digested(leaf.read, digest)))
+        else:
+            leaves.append(leaf)
+            _digest_value(leaf, digest)
+        digests[key] = digest.hexdigest
+    return flat.unflatten(leaves), digests
+
+
+def _digested(read: Callable[[int, int], Buffer], digest: xxhash.xxh3_128) -> Callable[[int, int], Buffer]:
+    def read_and_note(lo: int, hi: int) -> Buffer:
+        data = read(lo, hi)
+        digest.update(data)
+        return data
+
+    return read_and_note
+
+
+def _digest_value(value: Any, digest: xxhash.xxh3_128) -> None:
+    """Takes up a value, or an array of strings: what is equal when it was written and read gives the same."""
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")
+    if isinstance(value, bytes):
+        digest.update(value)
+        return
+    array = np.asarray(value)
+    if array.dtype != object:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return
+    for string in array.reshape(-1).tolist():
+        data = string.encode("utf-8", "surrogatepass") if isinstance(string, str) else string
+        digest.update(len(data).to_bytes(8, "little") + data)
+
+
+def _verify(
+    path: Path, to: str, digests: Mapping[str, Callable[[], str]], on_progress: OnProgress | None
+) -> tuple[Problem, ...]:
     if to == OWN_FORMAT:
         options = RestoreOptions(io_threads=_VERIFYING_THREADS)
         return verify(path, options=options, on_progress=on_progress).problems
     problems: list[Problem] = []
     try:
-        with _verbs_of(to).open(path) as written:
-            arrays = [written[key] for key in written.leaves()]
+        with _verbs_of(to).open(path) as opened:
+            written: ForeignCheckpoint = opened
+            key_of_name = {name_of_key(key, written.separator): key for key in digests}
+            arrays = [written[name] for name in written.leaves()]
             meter = ProgressMeter(sum(array.nbytes for array in arrays), "read", on_progress)
             for array in arrays:
                 try:
-                    _read_all(array, meter)
+                    found = _digest_of(array, meter)
                 except CorruptError as error:
                     problems.extend(error.problems or [Problem(array.key, "checksum", str(error))])
+                    key_of_name.pop(array.key, None)
+                    continue
+                key = key_of_name.pop(array.key, None)
+                if key is None or found != digests[key]():
+                    problems.append(Problem(array.key, "checksum", "is not what was written"))
+            problems.extend(Problem(name, "missing", "was written, and is not there") for name in key_of_name)
     except (CorruptError, FormatError, NotFoundError) as error:
         problems.extend(error.problems or [Problem(None, "object", str(error))])
     return tuple(problems)
 
 
-def _read_all(array: ForeignArray, meter: ProgressMeter) -> None:
-    """Reads an array piece by piece, whereby it is verified."""
+def _digest_of(array: ForeignArray, meter: ProgressMeter) -> str:
+    """The checksum of an array, which is read piece by piece, whereby it is verified as far as its format can."""
+    digest = xxhash.xxh3_128()
     if array.dtype is None:
-        array[...]
-        return
-    for lo in range(0, array.nbytes, PIECE_BYTES):
-        meter.add(len(array.stream(lo, min(lo + PIECE_BYTES, array.nbytes))))
+        _digest_value(array[...], digest)
+    else:
+        for lo in range(0, array.nbytes, PIECE_BYTES):
+            data = array.stream(lo, min(lo + PIECE_BYTES, array.nbytes))
+            digest.update(data)
+            meter.add(len(data))
+    return digest.hexdigest()

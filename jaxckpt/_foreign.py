@@ -56,6 +56,7 @@ from ._placement import Target, boxes_of
 from ._resharding import Destination
 from ._restoring import (
     choose_targets,
+    mappable_leaves,
     match_tree,
     place_leaf,
     plan_waves,
@@ -69,6 +70,9 @@ from ._values import encode_value
 # Names with more parts than this keep the rest in one: a file must not decide how deep a tree gets.
 _PARTS_MAX = 64
 
+# Memory that begins at a multiple of this becomes an array of JAX on CPU without a copy.
+_ALIGNMENT = 64
+
 _INTEGER_KEY = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
@@ -81,6 +85,7 @@ class ForeignLeaf:
       dtype: Type of the elements; None for strings of bytes, and for what NumPy has no type for.
       shape: Shape.
       stored_as: The format's own name of the dtype, such as ``"DT_FLOAT"``.
+      value: A Python or NumPy scalar, where the file has one and no array; it is restored as such.
       kind: ``"array"``; where the format tells them apart, ``"numpy"``, ``"key"`` (typed PRNG keys; dtype and shape are
         those of their data) and ``"value"`` (Python's numbers and texts, which `ForeignCheckpoint.values` has).
       impl: Name of the PRNG implementation, for keys.
@@ -91,6 +96,7 @@ class ForeignLeaf:
     dtype: np.dtype[Any] | None
     shape: tuple[int, ...]
     stored_as: str = ""
+    value: Any = None
     kind: str = "array"
     impl: str | None = None
     sharding: dict[str, Any] | None = None
@@ -109,10 +115,12 @@ class ForeignCheckpoint(abc.ABC):
       format_name: Name of the format, such as ``"TensorFlow V2"``; the attribute ``format``.
 
     Attributes:
-      separator: What stands between the parts of a name.
+      separator: What stands between the parts of a name; None where names have none.
+      is_nested: Whether the names make up a tree, so that a restore without ``like`` gives nested dicts.
     """
 
-    separator = "/"
+    separator: str | None = "/"
+    is_nested = False
 
     def __init__(self, path: str, format_name: str) -> None:
         self.path = path
@@ -156,8 +164,8 @@ class ForeignCheckpoint(abc.ABC):
         return None
 
     def values(self) -> Mapping[str, Any]:
-        """The leaves of the kind ``"value"``."""
-        return {}
+        """The leaves that are Python's or NumPy's scalars, or texts, by name."""
+        return {key: leaf.value for key, leaf in self.leaves().items() if leaf.value is not None}
 
     def read_boxes(self, key: str, boxes: Sequence[Box]) -> list[np.ndarray[Any, Any]]:
         """As `read_box`, of several boxes."""
@@ -166,6 +174,11 @@ class ForeignCheckpoint(abc.ABC):
     def bound_memory(self, nbytes_max: int) -> None:
         """Says how much memory may be taken beside what is read, as far as the format allows."""
         del nbytes_max  # most formats take none
+
+    def view(self, key: str) -> np.ndarray[Any, Any] | None:
+        """An array that shows the file itself, or None where that cannot be; nothing is read."""
+        del key
+        return None
 
     def aliases(self) -> Mapping[str, Sequence[str]]:
         """Other names of arrays, by the name that `leaves` has."""
@@ -194,6 +207,10 @@ class ForeignCheckpoint(abc.ABC):
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays, in the order of the file."""
         return tuple(self.leaves())
+
+    def tree_keys(self) -> Sequence[str]:
+        """The key that each array has in a tree of dicts, in the order of `keys`."""
+        return keys_of_names(self.keys(), self.separator)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name."""
@@ -307,6 +324,13 @@ class ForeignArray:
         """Name of the PRNG implementation, for keys."""
         return self._leaf.impl
 
+    @property
+    def value(self) -> Any:
+        """A Python or NumPy scalar, or a text, where the file has one and no array; else None."""
+        if self._leaf.kind != "value":
+            return self._leaf.value
+        return self._checkpoint.values()[self.key]
+
     def __repr__(self) -> str:
         return f"ForeignArray({self.key!r}, {self.dtype or 'strings'}, {self.shape})"
 
@@ -335,7 +359,7 @@ class ForeignArray:
 # --- names ----------------------------------------------------------------------------------------------------
 
 
-def keys_of_names(names: Sequence[str], separator: str = "/") -> list[str]:
+def keys_of_names(names: Sequence[str], separator: str | None = "/") -> list[str]:
     """The key that each name of a foreign file has in a tree; see `nest`."""
     return ["/".join(map(_component, parts)) for parts in _split_names(names, separator)]
 
@@ -371,13 +395,15 @@ def _nest_keys(keys: Sequence[str], leaves: Sequence[Any]) -> Any:
     return nested_dicts(places, leaves)
 
 
-def name_of_key(key: str, separator: str = "/") -> str:
-    """The name that has this key; `keys_of_names` reversed."""
-    return separator.join(str(unescape_component(component)) for component in key.split("/"))
+def name_of_key(key: str, separator: str | None = "/") -> str:
+    """The name that has this key; `keys_of_names` reversed. Without a separator there is none between the parts."""
+    return (separator or "").join(str(unescape_component(component)) for component in key.split("/"))
 
 
-def _split_names(names: Sequence[str], separator: str = "/") -> list[list[str]]:
+def _split_names(names: Sequence[str], separator: str | None = "/") -> list[list[str]]:
     """The parts of each name; where a name lies below another one, its last part begins beside that."""
+    if separator is None:
+        return [[name] for name in names]
     taken = set(names)
     split: list[list[str]] = []
     for name in names:
@@ -398,10 +424,10 @@ def _dict_key(part: str) -> str | int:
     return int(part) if _INTEGER_KEY.fullmatch(part) else part
 
 
-def _file_key(name: str, separator: str = "/") -> str:
+def _file_key(name: str, separator: str | None = "/") -> str:
     """A name as a key that is nothing but escaped; unlike those of `keys_of_names` it may lie below another."""
-    parts = name.split(separator)
-    return separator.join(part.replace("~", "~0").replace("/", "~1") or "~e" for part in parts)
+    parts = [name] if separator is None else name.split(separator)
+    return (separator or "").join(part.replace("~", "~0").replace("/", "~1") or "~e" for part in parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -427,7 +453,7 @@ def _names_by_leaf(checkpoint: ForeignCheckpoint) -> list[_Names]:
     found: list[_Names] = []
     if checkpoint.structure() is not None:
         return _without_ambiguity([_Names((name,), tuple(aliases.get(name, ())), name) for name in names])
-    for name, tree_key in zip(names, keys_of_names(names, separator), strict=True):
+    for name, tree_key in zip(names, checkpoint.tree_keys(), strict=True):
         also = tuple(key for alias in aliases.get(name, ()) for key in (_file_key(alias, separator), alias))
         found.append(_Names((_file_key(name, separator), tree_key, name), also, tree_key))
     return _without_ambiguity(found)
@@ -457,12 +483,11 @@ def select_names(checkpoint: ForeignCheckpoint, select: Select, rename: Rename) 
     """
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
-    if checkpoint.separator == "/":
-        leaves = [_Names((name,), tuple(aliases.get(name, ())), name) for name in names]
-    else:
+    if checkpoint.is_nested:
         leaves = _names_by_leaf(checkpoint)
-    leaves = _without_ambiguity(leaves)
-    keys = _choose_keys(leaves, None, rename, in_tree=checkpoint.separator != "/")
+    else:
+        leaves = _without_ambiguity([_Names((name,), tuple(aliases.get(name, ())), name) for name in names])
+    keys = _choose_keys(leaves, None, rename, in_tree=checkpoint.is_nested)
     renamed = rename_keys(keys, select_keys(keys, _select_leaves(leaves, select)), rename)
     return {new: names[leaf] for new, leaf in renamed.sources.items() if isinstance(leaf, int)}
 
@@ -471,7 +496,7 @@ def nest_selected(checkpoint: ForeignCheckpoint, names: Mapping[str, str], leave
     """A tree from the names that `select_names` gave: the saved one if nothing is renamed, else one of dicts."""
     nodes = checkpoint.structure()
     if nodes is None:
-        return nest(list(names), leaves) if checkpoint.separator == "/" else _nest_keys(list(names), leaves)
+        return _nest_keys(list(names), leaves) if checkpoint.is_nested else nest(list(names), leaves)
     if any(new != old for new, old in names.items()):
         return _nest_keys(list(names), leaves)
     leaf_of_name = dict(zip(names, leaves, strict=True))
@@ -585,13 +610,14 @@ def restore_foreign(
     unexpected: str = "error",
     cast: bool = False,
     reshape: bool = False,
+    mmap: bool = False,
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
     """Restores a foreign checkpoint; what a ``read`` of `jaxckpt.interop` does.
 
-    Without ``like`` the result is the saved tree where the file has one, else ``{name: array}`` by the file's own
-    names; with ``rename``, nested dicts.
+    Without ``like`` the result is the saved tree where the file has one, nested dicts if the names make up a tree, or
+    with ``rename``; else ``{name: array}`` by the file's own names.
     With ``like``, its keys are matched with the names of the arrays, or with their aliases.
 
     Arrays come back as `jax.Array`, uncommitted unless ``mesh``, ``sharding``, ``like`` or the file say where they are.
@@ -610,6 +636,7 @@ def restore_foreign(
       unexpected: As for `jaxckpt.restore`.
       cast: As for `jaxckpt.restore`.
       reshape: As for `jaxckpt.restore`.
+      mmap: Whether arrays on CPU may show the file itself, where the format and their places in the file allow that.
       report: Whether to return ``(tree, RestoreReport)``.
       options: See `RestoreOptions`.
 
@@ -626,6 +653,8 @@ def restore_foreign(
     began_s = time.perf_counter()
     options = options or RestoreOptions()
     bytes_before = checkpoint.bytes_read
+    if rename is None and like is None and checkpoint.is_nested:
+        rename = []  # renames nothing, and gives nested dicts
     source = _describe(checkpoint, like, select, rename)
     wanted = match_tree(
         source,
@@ -639,13 +668,20 @@ def restore_foreign(
         nest=_nest_keys,
     )
     targets = choose_targets(source, wanted, mesh, sharding)
-    tree = wanted.fill(_read_targets(source, targets, options))
+    mapped: set[int] | None = set() if mmap else None
+    tree = wanted.fill(_read_targets(source, targets, options, mapped))
     if not report:
         return tree
     bytes_read = checkpoint.bytes_read - bytes_before
     seconds = time.perf_counter() - began_s
     return tree, report_restore(
-        source, wanted, targets, bytes_read=bytes_read, group_bytes_read=bytes_read, seconds=seconds
+        source,
+        wanted,
+        targets,
+        bytes_read=bytes_read,
+        group_bytes_read=bytes_read,
+        seconds=seconds,
+        mapped=mapped or (),
     )
 
 
@@ -681,8 +717,6 @@ class _Source:
 def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: Rename) -> _Source:
     names = _names_by_leaf(checkpoint)
     leaves = list(checkpoint.leaves().values())
-    # Renamed leaves without `like` are nested by their keys.
-    is_in_tree = checkpoint.separator != "/" and rename is not None and like is None
     shardings = {repr(leaf.sharding): leaf.sharding for leaf in leaves if leaf.sharding is not None}
     number_of_sharding = {text: number for number, text in enumerate(shardings)}
     values = checkpoint.values()
@@ -692,7 +726,7 @@ def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: 
         writer={},
         metadata=None,
         nodes=checkpoint.structure() or [["dict", list(checkpoint.keys())], *[0] * len(leaves)],
-        keys=tuple(_choose_keys(names, like, rename, in_tree=is_in_tree)),
+        keys=tuple(_choose_keys(names, like, rename, in_tree=checkpoint.is_nested)),
         specs=tuple(
             _spec_of(leaf, number_of_sharding.get(repr(leaf.sharding)), has_like=like is not None)
             for leaf in leaves
@@ -711,7 +745,7 @@ def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: 
 
 
 def _spec_of(leaf: ForeignLeaf, sharding: int | None, *, has_like: bool) -> LeafSpec:
-    if leaf.kind == "value":
+    if leaf.kind == "value" or leaf.value is not None:
         return LeafSpec("value")
     if leaf.dtype is None:
         return LeafSpec("strings", shape=leaf.shape)
@@ -727,19 +761,32 @@ def _spec_of(leaf: ForeignLeaf, sharding: int | None, *, has_like: bool) -> Leaf
     return LeafSpec(kind, dtype, leaf.shape, committed=is_placed, sharding=sharding)
 
 
-def _read_targets(source: _Source, targets: dict[int, Target], options: RestoreOptions) -> dict[int, Any]:
-    """Reads and places what is wanted, by number. All damage is raised at once."""
+def _read_targets(
+    source: _Source, targets: dict[int, Target], options: RestoreOptions, mapped: set[int] | None
+) -> dict[int, Any]:
+    """Reads and places what is wanted, by number. All damage is raised at once.
+
+    Args:
+      source: Where from.
+      targets: What is wanted.
+      options: How.
+      mapped: Given where arrays may show the file; gets the leaves of which they do.
+    """
     restored: dict[int, Any] = {}
     problems: list[Problem] = []
     derived = {number: target for number, target in targets.items() if target.derivation is not None}
     whole = {number: target for number, target in targets.items() if target.derivation is None}
     host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
     source.checkpoint.bound_memory(host_bytes_max // 4)
+    views = {} if mapped is None else _views_of(source, whole)
+    if mapped is not None:
+        mapped.update(views)
     waves = plan_waves(source.manifest, whole, host_bytes_max)
     with concurrent.futures.ThreadPoolExecutor(options.io_threads, "jaxckpt-read") as executor:
         for wave in waves:
             try:
-                restored |= _read_wave(source, {number: whole[number] for number in wave}, executor, problems)
+                wanted = {number: whole[number] for number in wave}
+                restored |= _read_wave(source, wanted, views, executor, problems)
             except BaseException:
                 executor.shutdown(cancel_futures=True)
                 raise
@@ -754,9 +801,20 @@ def _read_targets(source: _Source, targets: dict[int, Target], options: RestoreO
     return restored
 
 
+def _views_of(source: _Source, targets: dict[int, Target]) -> dict[int, np.ndarray[Any, Any]]:
+    """The leaves that are not read, since arrays can show the file: on CPU, where JAX takes memory as it is."""
+    views: dict[int, np.ndarray[Any, Any]] = {}
+    for leaf in mappable_leaves(source.manifest, targets):
+        view = source.checkpoint.view(source.leaves[leaf].key)
+        if view is not None and view.size and view.ctypes.data % _ALIGNMENT == 0:
+            views[leaf] = view
+    return views
+
+
 def _read_wave(
     source: _Source,
     targets: dict[int, Target],
+    views: dict[int, np.ndarray[Any, Any]],
     executor: concurrent.futures.Executor,
     problems: list[Problem],
 ) -> dict[int, Any]:
@@ -766,8 +824,11 @@ def _read_wave(
     for number, target in targets.items():
         numbers_of_leaf.setdefault(target.leaf, []).append(number)
     reads = [
-        (numbers, executor.submit(_read_leaf, source, [targets[number] for number in numbers]))
-        for numbers in numbers_of_leaf.values()
+        (
+            numbers,
+            executor.submit(_read_leaf, source, [targets[number] for number in numbers], views.get(leaf)),
+        )
+        for leaf, numbers in numbers_of_leaf.items()
     ]
     reads.reverse()
     while reads:
@@ -788,8 +849,10 @@ def _noting_damage(source: _Source, target: Target, problems: list[Problem]) -> 
         problems.extend(error.problems or [Problem(key, "checksum", str(error))])
 
 
-def _read_leaf(source: _Source, targets: Sequence[Target]) -> dict[Box, np.ndarray[Any, Any]]:
-    """The distinct boxes that targets need of a leaf."""
+def _read_leaf(
+    source: _Source, targets: Sequence[Target], view: np.ndarray[Any, Any] | None
+) -> dict[Box, np.ndarray[Any, Any]]:
+    """The distinct boxes that targets need of a leaf, read or cut from a view of it."""
     number = targets[0].leaf
     spec = source.manifest.spec(number)
     rank = len(spec.shape)
@@ -799,6 +862,8 @@ def _read_leaf(source: _Source, targets: Sequence[Target]) -> dict[Box, np.ndarr
     if spec.kind == "strings":
         return {whole: source.read_box(number, whole)}
     boxes = {(lo[:rank], hi[:rank]) for target in targets for lo, hi in boxes_of(target, spec)}
+    if view is not None:
+        return {box: view[tuple(map(slice, *box))] for box in boxes}
     elements = sum(math.prod(stop - start for start, stop in zip(*box, strict=True)) for box in boxes)
     if elements < math.prod(spec.shape):
         return dict(zip(boxes, source.read_boxes(number, list(boxes)), strict=True))

@@ -296,7 +296,9 @@ def _inspect_numpy(leaf: np.ndarray[Any, Any]) -> _Leaf:
 
 
 def _inspect_streamed(leaf: StreamedArray) -> _Leaf:
-    kind = leaf.kind or ("array" if is_jax_dtype(leaf.dtype) else "numpy")
+    # What JAX cannot have here would keep every restore without `like` from the rest.
+    is_for_jax = is_jax_dtype(leaf.dtype) and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+    kind = leaf.kind or ("array" if is_for_jax else "numpy")
     dtype = describe_dtype(leaf.dtype)
     spec = LeafSpec(kind=kind, dtype=dtype, shape=leaf.shape, committed=kind == "numpy", impl=leaf.impl)
     return _Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)

@@ -139,6 +139,22 @@ class Store(abc.ABC):
     def has_length(self, name: str, length: int) -> bool:
         """Whether an object has exactly so many bytes; FileNotFoundError when it is missing."""
 
+    def length(self, name: str) -> int:
+        """Bytes of an object; FileNotFoundError when it is missing."""
+        # Where nobody says it, bytes are looked for at places, two for each bit of the length.
+        byte = np.empty(1, np.uint8)
+        high = 1
+        while self.read_into(name, high - 1, byte):
+            high *= 2
+        low = high // 2
+        while low < high - 1:
+            middle = (low + high) // 2
+            if self.read_into(name, middle - 1, byte):
+                low = middle
+            else:
+                high = middle
+        return low
+
     @abc.abstractmethod
     def read(self, name: str, bytes_max: int) -> bytes:
         """A whole small object; FileNotFoundError when it is missing.

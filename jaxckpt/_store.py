@@ -174,6 +174,9 @@ class LocalStore(Store):
     def has_length(self, name: str, length: int) -> bool:
         return os.stat(os.path.join(self.path, name)).st_size == length
 
+    def length(self, name: str) -> int:
+        return os.stat(os.path.join(self.path, name)).st_size
+
     def read(self, name: str, bytes_max: int) -> bytes:
         with open(os.path.join(self.path, name), "rb") as file:
             return file.read(min(os.fstat(file.fileno()).st_size, bytes_max + 1))

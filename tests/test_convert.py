@@ -202,7 +202,7 @@ def test_one_format_is_not_converted_into_itself(bundle, path, tmp_path):
         convert(path, tmp_path / "b")
     with pytest.raises(ValueError, match="is a tensorflow checkpoint already"):
         convert(bundle, tmp_path / "b", to="tensorflow")
-    with pytest.raises(ValueError, match="to must be one of 'jaxckpt', 'tensorflow', not 'pickle'"):
+    with pytest.raises(ValueError, match=r"to must be one of 'jaxckpt', .*'tensorflow'.*, not 'pickle'"):
         convert(path, tmp_path / "b", to="pickle")
     assert not (tmp_path / "b").exists()
 
@@ -210,7 +210,7 @@ def test_one_format_is_not_converted_into_itself(bundle, path, tmp_path):
 def test_what_is_no_checkpoint_is_not_found(tmp_path, path):
     (tmp_path / "empty").mkdir()
     for nothing in (tmp_path / "empty", tmp_path / "absent"):
-        with pytest.raises(NotFoundError, match=r"no checkpoint of a known format \(jaxckpt, tensorflow\)"):
+        with pytest.raises(NotFoundError, match=r"no checkpoint of a known format \(jaxckpt, .*tensorflow"):
             convert(nothing, path)
     assert not path.exists()
 

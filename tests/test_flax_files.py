@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
+import tracemalloc
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -15,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxckpt
 from jaxckpt import CorruptError, ExistsError, NotFoundError, UnsupportedLeafError
+from jaxckpt._cli import main
 from jaxckpt._converting import convert
 from jaxckpt.interop import _packing, flax
 
@@ -54,32 +58,35 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "state.msgpack"
 
 
-@SETTINGS
-@given(
-    arrays=st.dictionaries(
-        st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=40),
-        st.one_of(
-            st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4).map(tuple)).map(
-                lambda pair: make_array(*pair)
-            ),
-            st.integers(-(1 << 63), (1 << 64) - 1),
-            st.floats(),
-            st.booleans(),
-            st.text(max_size=40),
-            st.binary(max_size=40),
-            st.complex_numbers(),
-        ),
-        max_size=20,
-    )
+VALUES = st.one_of(
+    st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4).map(tuple)).map(
+        lambda pair: make_array(*pair)
+    ),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    st.just({}),
+    st.sampled_from([np.float32(2.5), np.int8(3), np.complex64(1j)]),
+    st.text(max_size=40),
+    st.binary(max_size=40),
+    st.complex_numbers(),
 )
+
+
+@SETTINGS
+@given(arrays=st.dictionaries(st.text(st.characters(categories=["L", "N"]), min_size=1), VALUES, max_size=8))
 def test_a_file_is_what_flax_packs(tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Any]):
     path = tmp_path_factory.mktemp("files") / "a"
-    tree = {"inner": arrays, "array": np.arange(3)}
+    arrays = dict(sorted(arrays.items()))  # as JAX has the keys of dicts
+    tree = {"array": np.arange(3), "inner": arrays}
     flax.write(path, tree)
-    in_order = jax.tree.unflatten(*reversed(jax.tree.flatten(tree)))
-    assert path.read_bytes() == serialization.to_bytes(in_order)
+    assert path.read_bytes() == serialization.to_bytes(tree)
     checkpoint = flax.open(path)
     for name, value in arrays.items():
+        if value is None or isinstance(value, dict):
+            assert f"inner/{name}" not in checkpoint
+            continue
         found = checkpoint[f"inner/{name}"][...]
         if isinstance(value, np.ndarray):
             assert (found.dtype, found.shape, found.tobytes()) == (value.dtype, value.shape, value.tobytes())
@@ -87,6 +94,60 @@ def test_a_file_is_what_flax_packs(tmp_path_factory: pytest.TempPathFactory, arr
             assert found == (value.encode() if isinstance(value, str) else value)
         else:
             assert np.array_equal(found, np.asarray(value), equal_nan=True)
+
+
+def from_flax(target: Any, path: pathlib.Path) -> Any:
+    """What Flax itself restores."""
+    return on_host(serialization.from_bytes(target, path.read_bytes()))
+
+
+def on_host(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def test_a_state_with_an_optimizer_goes_to_flax_and_back(path: pathlib.Path):
+    """Namedtuples, empty ones, masked leaves and dataclasses: what a `TrainState` with Optax is made of."""
+    optax = pytest.importorskip("optax")
+    train_state = pytest.importorskip("flax.training.train_state")
+    params = {"dense": {"kernel": jnp.ones((2, 3), jnp.bfloat16)}, "frozen": {"b": jnp.zeros(3)}}
+    tx = optax.chain(
+        optax.clip(1.0),
+        optax.masked(optax.adam(1e-3), {"dense": {"kernel": True}, "frozen": {"b": False}}),
+    )
+    state = train_state.TrainState.create(apply_fn=None, params=params, tx=tx)
+    flax.write(path, state)
+    empty = jax.tree.map(jnp.zeros_like, state)
+    assert_same_tree(from_flax(empty, path), on_host(state))
+    path.write_bytes(serialization.to_bytes(state))
+    assert_same_tree(flax.read(path, like=state), state)
+    jaxckpt.save(path.parent / "ours", state)
+    assert convert(path.parent / "ours", path.parent / "b.msgpack").ok
+    assert_same_tree(from_flax(empty, path.parent / "b.msgpack"), on_host(state))
+
+
+def test_slashes_within_names_are_kept_apart_from_those_between_them(path: pathlib.Path):
+    tree = {
+        "a/b": {"w": np.ones(2, np.float32)},
+        "a": {"b": {"w": np.zeros(1, np.float32)}},
+        "~": np.ones(1, np.int8),
+    }
+    path.write_bytes(serialization.to_bytes(tree))
+    assert_same_tree(flax.read(path, like=tree), tree)
+    assert_same_tree(jax.tree.map(np.asarray, flax.read(path)), tree)
+    flax.write(path, tree, overwrite=True)
+    assert_same_tree(serialization.from_bytes(tree, path.read_bytes()), tree)
+    assert convert(path, path.parent / "ours").ok
+    assert_same_tree(jaxckpt.restore(path.parent / "ours", like=tree), tree)
+
+
+def test_msgpack_serialize_packs_lists_too(path: pathlib.Path):
+    tree = {"layers": [np.ones(2, np.float32), {"w": np.zeros(3, np.int32)}], "3": np.ones(1, np.int8)}
+    path.write_bytes(serialization.msgpack_serialize(tree))
+    with flax.open(path) as checkpoint:
+        assert set(checkpoint.keys()) == {"layers/0", "layers/1/w", "3"}
+    assert_same_tree(
+        flax.read(path, like={"layers": tree["layers"]}, unexpected="ignore")["layers"], tree["layers"]
+    )
 
 
 def test_flax_restores_what_is_written(path: pathlib.Path):
@@ -98,12 +159,17 @@ def test_flax_restores_what_is_written(path: pathlib.Path):
 def test_what_flax_packs_is_restored_onto_devices(path: pathlib.Path):
     path.write_bytes(serialization.to_bytes(TREE))
     assert flax.can_read(path)
-    like = jax.tree.map(jnp.asarray, TREE)
-    restored = flax.read(path, like=like, cast=True)
-    assert_same_tree(restored, like)
-    mesh = make_mesh((4,), ("x",))
+    like = {**jax.tree.map(jnp.asarray, TREE), "step": 0}
+    assert_same_tree(flax.read(path, like=like), {**like, "step": 7})
+    nested = flax.read(path)
+    assert set(nested) == {"params", "opt", "step"}
+    assert set(nested["opt"]) == {0, 1}
+    assert nested["step"] == 7
+    renamed = flax.read(path, rename={"params/dense": "model"}, select="params/*")
+    assert set(renamed["model"]) == {"kernel", "bias"}
+    mesh = make_mesh({"x": 4})
     rows = NamedSharding(mesh, P("x"))
-    kernel = flax.read(path, select="params/dense/kernel", sharding=rows)["params/dense/kernel"]
+    kernel = flax.read(path, select="params/dense/kernel", sharding=rows)["params"]["dense"]["kernel"]
     assert kernel.sharding == rows
     assert np.array_equal(kernel, TREE["params"]["dense"]["kernel"])
 
@@ -143,13 +209,47 @@ def test_the_newest_of_a_directory_is_opened(tmp_path: pathlib.Path):
     assert flax.open(tmp_path, prefix="best_")["step"][...] == 3
     with pytest.raises(NotFoundError, match="Orbax"):
         flax.open(tmp_path, prefix="none_")
+    assert flax.open(tmp_path, step=9)["step"][...] == 9
+    assert flax.read(tmp_path, {"step": 0}, step=2) == {"step": 2}
+    with pytest.raises(NotFoundError, match="has no step 3; it has 2, 9, 10"):
+        flax.open(tmp_path, step=3)
+    (tmp_path / "best_3").rename(tmp_path / "best_9")
+    with pytest.raises(
+        NotFoundError, match="several checkpoints of step 9; give the path of one: best_9, checkpoint_9"
+    ):
+        convert(tmp_path, tmp_path / "ours", step=9)
+    (tmp_path / "best_9").unlink()
+    assert main(["convert", str(tmp_path), str(tmp_path / "ours"), "--step", "9"]) == 0
+    assert jaxckpt.restore(tmp_path / "ours")["step"] == 9
+
+
+@pytest.mark.filterwarnings("ignore:Flax Checkpointing will soon be deprecated")
+def test_what_the_checkpoints_of_flax_leave_is_opened(tmp_path: pathlib.Path):
+    checkpoints = pytest.importorskip("flax.training.checkpoints")
+    import flax as flax_package
+
+    before = flax_package.config.flax_use_orbax_checkpointing
+    flax_package.config.update("flax_use_orbax_checkpointing", False)
+    try:
+        for step in (1, 3, 20):
+            checkpoints.save_checkpoint(tmp_path, {"w": np.full(3, step)}, step, keep=5, overwrite=True)
+    finally:
+        flax_package.config.update("flax_use_orbax_checkpointing", before)
+    latest = checkpoints.latest_checkpoint(tmp_path)
+    assert flax.open(tmp_path).path == latest
+    assert flax.open(tmp_path)["w"][...].tolist() == [20] * 3
+    assert flax.open(tmp_path, step=3)["w"][...].tolist() == [3] * 3
+    flax.write(tmp_path / "checkpoint_30", {"w": np.full(3, 30)})
+    assert checkpoints.restore_checkpoint(tmp_path, {"w": np.zeros(3)})["w"].tolist() == [30] * 3
 
 
 def test_what_cannot_be_packed_is_listed(path: pathlib.Path):
-    tree = {"texts": np.asarray(["a", "b"]), "big": 1 << 70, 3: np.ones(2), "3": np.ones(2)}
+    record = np.zeros(2, [("x", "f4")])
+    same = collections.OrderedDict([(3, np.ones(2)), ("3", np.ones(2))])
+    tree = {"texts": np.asarray(["a", "b"]), "big": 1 << 70, "same": same, "record": record}
     with pytest.raises(UnsupportedLeafError) as caught:
-        flax.write(path, dict(tree))
-    assert len(caught.value.problems) >= 2
+        flax.write(path, tree)
+    assert {problem.key for problem in caught.value.problems} == {"texts", "big", "record", "same/~s3"}
     assert not path.exists()
     with pytest.raises(UnsupportedLeafError, match="has no name"):
         flax.write(path, np.ones(2))
@@ -191,12 +291,25 @@ def test_changed_bytes_do_no_more_than_raise(tmp_path_factory: pytest.TempPathFa
         pass
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"\x93\x01\x02\x03", b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"text",
+        b"\x80\x04K\x01.",
+        b"\x81\x01\x02",
+        b"\x89HDF",
+        b"\xde",
+        b"\xdf\0\0\0\1",
+        b"\x93\x01\x02\x03",
+        b"PK\x03\x04",
+    ],
+)
 def test_other_files_are_not_found_to_be_flax(path: pathlib.Path, data: bytes):
     path.write_bytes(data)
     with pytest.raises(NotFoundError):
         flax.open(path)
-    with pytest.raises(NotFoundError):
+    with pytest.raises(NotFoundError if data else CorruptError):  # nothing may be what is left of anything
         convert(path, path.parent / "out")
 
 
@@ -209,6 +322,72 @@ def test_a_checkpoint_goes_there_and_back(tmp_path: pathlib.Path):
     found = convert(tmp_path / "state", tmp_path / "again")
     assert (found.ok, found.source_format) == (True, "flax")
     assert_same_tree(jaxckpt.restore(tmp_path / "again", like=tree), tree)
+
+
+def packed_array(shape: Any, name: Any, data: bytes) -> bytes:
+    inner = msgpack.packb((shape, name, data))
+    return msgpack.packb({"a": msgpack.ExtType(1, inner)})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        packed_array([2], "float32", bytes(7)),
+        packed_array([1 << 40], "float32", bytes(8)),
+        packed_array([1 << 62, 1 << 62], "float32", bytes(8)),
+        packed_array([-2, -1], "float32", bytes(8)),
+        packed_array([True, 2], "float32", bytes(8)),
+        packed_array([1] * 70, "float32", bytes(4)),
+        packed_array("2", "float32", bytes(8)),
+        packed_array([1], "O", bytes(8)),
+        packed_array([1], "no type", bytes(8)),
+        packed_array([1], 7, bytes(8)),
+        packed_array([1], "float32", 4),
+        packed_array([1], "float32", "text"),
+        packed_array([1], "V1000000000", bytes(8)),
+        msgpack.packb({"a": msgpack.ExtType(1, b"")}),
+        msgpack.packb({"a": msgpack.ExtType(2, b"\x92\xa1a\x01")}),
+        msgpack.packb({"a": msgpack.ExtType(9, b"\x01")}),
+        msgpack.packb({"a": {"__msgpack_chunked_array__": True}}),
+        msgpack.packb({"__msgpack_chunked_array__": True, "shape": {"0": 1 << 50}, "chunks": {"0": 1}}),
+        msgpack.packb({"a": {1.5: 1}}),
+        msgpack.packb({"a": {b"a": 1}}),
+        b"\x81\xa1a" + b"\x81" * 10_000,
+        b"\x81\xa1a" * 400,
+        b"\x81\xa1a" + b"\x91" * 1_000,
+        b"\xdf\xff\xff\xff\xff\xa1a",
+        b"\x81\xa1a\xdd\xff\xff\xff\xff",
+        b"\x81\xa1a\xc6\xff\xff\xff\xff",
+        b"\x81\xa1a\xc1",
+        b"\x82\xa1a\x01\xa1a\x02",
+        b"\x81\xa1\xff\x01",
+    ],
+)
+def test_a_hostile_file_is_refused_in_little_memory(path: pathlib.Path, data: bytes):
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptError) as caught:
+            flax.open(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["memory://flax/run", "directory"])
+def test_files_are_written_and_read_on_object_stores_as_in_directories(tmp_path: pathlib.Path, place: str):
+    place = place if "://" in place else str(tmp_path / place)
+    for step in (2, 10):
+        flax.write(f"{place}/checkpoint_{step}", {"w": np.full(100, step, np.float32), "step": step})
+    assert flax.open(place)["step"][...] == 10
+    with flax.open(place, step=2) as checkpoint:
+        before = checkpoint.bytes_read
+        assert checkpoint["w"][5:7].tolist() == [2, 2]
+        assert checkpoint.bytes_read - before == 8
+    assert flax.read(place)["w"].shape == (100,)
+    assert convert(place, tmp_path / "ours", step=2).ok
+    assert jaxckpt.restore(tmp_path / "ours")["step"] == 2
 
 
 def test_flax_is_not_needed(tmp_path: pathlib.Path):

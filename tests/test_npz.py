@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import pathlib
+import tracemalloc
+import zipfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -16,6 +19,7 @@ import jaxckpt
 from jaxckpt import CorruptError, ExistsError, NotFoundError, UnsupportedLeafError
 from jaxckpt._converting import convert
 from jaxckpt._progress import ProgressMeter
+from jaxckpt._store import open_store
 from jaxckpt.interop import npz
 
 from .helpers import assert_same_tree, make_mesh
@@ -83,20 +87,82 @@ def test_a_part_is_read_alone(path: pathlib.Path):
 
 
 def test_arrays_come_onto_devices(path: pathlib.Path):
-    mesh = make_mesh((4,), ("x",))
+    mesh = make_mesh({"x": 4})
     rows = NamedSharding(mesh, P("x"))
     np.savez(path, **{"layers/0/w": np.arange(32, dtype=np.float32).reshape(8, 4)})
     like = {"layers": [{"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=rows)}]}
     restored = npz.read(path, like=like)
     assert restored["layers"][0]["w"].sharding == rows
     assert np.array_equal(restored["layers"][0]["w"], np.arange(32).reshape(8, 4))
+    nested = npz.read(path, mesh=mesh)
+    assert list(nested["layers"]) == [0]
+    assert nested["layers"][0]["w"].sharding.mesh == mesh
+    assert list(npz.read(path, rename={"layers/0": "first"})) == ["first"]
+    assert list(npz.read(path, select="layers/*", cast=True)) == ["layers"]
 
 
-def test_types_that_numpy_has_no_name_for_are_refused_and_raw_when_they_are_read(path: pathlib.Path):
-    with pytest.raises(UnsupportedLeafError, match="no name"):
-        npz.write(path, {"a": jnp.ones(3, jnp.bfloat16)})
-    np.savez(path, a=np.asarray(jnp.ones(3, jnp.bfloat16)))
-    assert npz.open(path)["a"][...].view(jnp.bfloat16).tolist() == [1, 1, 1]
+EXTENSIONS = (
+    "bfloat16",
+    "float8_e5m2",
+    "float8_e4m3fn",
+    "float8_e8m0fnu",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e4m3b11fnuz",
+    "int4",
+    "uint2",
+    "float4_e2m1fn",
+)
+
+
+@pytest.mark.parametrize("dtype", EXTENSIONS)
+def test_types_of_ml_dtypes_come_back_and_are_raw_to_numpy(path: pathlib.Path, dtype: str):
+    wanted = np.dtype(getattr(ml_dtypes, dtype))
+    array = np.arange(6).reshape(2, 3).astype(np.float32).astype(wanted)
+    npz.write(path, {"a": array, "b": {"c": jnp.asarray(array)}})
+    with np.load(path) as theirs:
+        assert theirs["a"].dtype == np.dtype(f"V{wanted.itemsize}")
+        assert theirs["b/c"].view(wanted).tobytes() == array.tobytes()
+    with npz.open(path) as checkpoint:
+        assert checkpoint["a"].dtype == wanted
+        assert checkpoint["a"][:, 1].tobytes() == array[:, 1].tobytes()
+        assert bytes(checkpoint.stream("a", 0, array.nbytes)) == array.tobytes()
+    found = npz.read(path)
+    assert (found["b"]["c"].dtype, np.asarray(found["b"]["c"]).tobytes()) == (wanted, array.tobytes())
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_what_numpy_saves_of_bfloat16_is_that(path: pathlib.Path, save: Any):
+    array = np.asarray(jnp.arange(6.0, dtype=jnp.bfloat16).reshape(2, 3))
+    save(path, a=array, b=array.astype(ml_dtypes.float8_e4m3fn))
+    found = npz.read(path, like={"a": jnp.zeros((2, 3), jnp.bfloat16)}, unexpected="ignore")
+    assert np.asarray(found["a"]).tobytes() == array.tobytes()
+    raw = npz.open(path)["b"][...]  # which of the types with a byte it was is not there
+    assert raw.dtype == np.dtype("V1")
+    assert np.array_equal(raw.view(ml_dtypes.float8_e4m3fn), array.astype(ml_dtypes.float8_e4m3fn))
+
+
+def test_strings_dates_and_records_are_arrays_of_numpy(path: pathlib.Path, tmp_path: pathlib.Path):
+    record = np.array([(1, 2.5), (3, 4.5)], dtype=[("x", ">i4"), ("y", "<f8")])
+    arrays = {
+        "bytes": np.array([b"one", b"three"]),
+        "text": np.array([["ä", "bc"]]),
+        "swapped": np.array(["ab", "c"], ">U2"),
+        "date": np.array(["2024-01-01"], "M8[D]"),
+        "record": record,
+    }
+    np.savez(path, **arrays)
+    with npz.open(path) as checkpoint:
+        for name, array in arrays.items():
+            assert np.array_equal(checkpoint[name][...], array), name
+            assert np.array_equal(checkpoint[name][:1], array[:1]), name
+    assert convert(path, tmp_path / "ours").ok
+    ours = jaxckpt.restore(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "b.npz").ok
+    with np.load(tmp_path / "b.npz") as theirs:
+        for name, array in arrays.items():
+            assert np.array_equal(ours[name], array), name
+            assert np.array_equal(theirs[name], array), name
 
 
 def test_objects_are_listed_and_refused(path: pathlib.Path):
@@ -158,17 +224,120 @@ def test_a_write_that_storage_refuses_leaves_what_was_there(path: pathlib.Path):
 
 def test_other_files_are_not_found_to_be_archives(tmp_path: pathlib.Path):
     (tmp_path / "text").write_text("text")
-    for place in (tmp_path / "text", tmp_path, tmp_path / "nowhere"):
+    with zipfile.ZipFile(tmp_path / "torch.pt", "w") as archive:
+        archive.writestr("data.pkl", b"")
+    for place in (tmp_path / "text", tmp_path, tmp_path / "nowhere", tmp_path / "torch.pt"):
         with pytest.raises(NotFoundError):
             npz.open(place)
+    np.savez(tmp_path / "none.npz")
+    assert npz.open(tmp_path / "none.npz").keys() == ()
+
+
+def test_what_an_archive_cannot_have_is_listed(path: pathlib.Path):
+    tree = {
+        "text": "text",
+        "objects": np.array([{}]),
+        "big": 1 << 70,
+        "a": {"b": np.ones(1)},
+        "a/b": np.ones(1),
+    }
+    with pytest.raises(UnsupportedLeafError) as caught:
+        npz.write(path, tree)
+    assert {problem.key for problem in caught.value.problems} == {"text", "objects", "big", "a~1b"}
+    assert not path.exists()
+    with pytest.raises(ValueError, match="written to local files"):
+        npz.write("memory://npz/a.npz", {"a": np.ones(1)})
+
+
+def test_an_archive_on_an_object_store_is_read(path: pathlib.Path):
+    np.savez_compressed(path, **ARRAYS)
+    open_store("memory://npz/run").put("a.npz", path.read_bytes())
+    with npz.open("memory://npz/run/a.npz") as checkpoint:
+        for name, array in ARRAYS.items():
+            assert np.array_equal(checkpoint[name][...], array)
+    with pytest.raises(NotFoundError):
+        npz.open("memory://npz/run/b.npz")
+
+
+def put_entry(path: pathlib.Path, header: bytes, body: bytes, compression: int = zipfile.ZIP_STORED) -> None:
+    """An archive with one entry of any contents."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("a.npy", header + body)
+
+
+def npy_header(text: str, version: bytes = b"\1\0") -> bytes:
+    data = text.encode("latin1") + b"\n"
+    return b"\x93NUMPY" + version + len(data).to_bytes(2, "little") + data
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\x93NUMPY",
+        npy_header(""),
+        npy_header("{}"),
+        npy_header("__import__('os').abort()"),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}"),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -2)}"),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (2.0,)}"),
+        npy_header("{'descr': [('a', '<f4')] * 3, 'fortran_order': False, 'shape': (2,)}"),
+        npy_header("{'descr': " + "-" * 5000 + "1, 'fortran_order': False, 'shape': (2,)}"),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,)}"),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': 2}"),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1, " * 100 + "2)}"),
+        npy_header("{'descr': 'no', 'fortran_order': False, 'shape': (2,)}"),
+        npy_header("{'descr': ('<f4', (1000000, 1000000)), 'fortran_order': False, 'shape': (2,)}"),
+        npy_header("{'descr': '<f4', 'fortran_order': 2, 'shape': (2,)}"),
+        npy_header("(" * 5000),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", b"\t\0"),
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", b"\2\0"),
+    ],
+)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_hostile_header_is_refused(path: pathlib.Path, header: bytes, compression: int):
+    put_entry(path, header, bytes(8), compression)
+    with pytest.raises(CorruptError) as caught:
+        npz.open(path)
+    assert str(path) in str(caught.value)
+
+
+def test_sizes_that_no_compression_reaches_are_refused_before_memory_is_taken(path: pathlib.Path):
+    header = npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (1099511627776,)}")
+    put_entry(path, header, bytes(100), zipfile.ZIP_DEFLATED)
+    data = path.read_bytes()
+    at = data.index(b"PK\1\2") + 24  # the length in the directory
+    size = min(len(header) + (1 << 40), 0xFFFFFFFE)
+    path.write_bytes(data[:at] + size.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(CorruptError, match="which cannot become 4294967294 bytes"):
+        npz.open(path)
+
+
+def test_entries_are_not_packed_in_ways_that_numpy_does_not_use(path: pathlib.Path):
+    header = npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}")
+    put_entry(path, header, bytes(8), zipfile.ZIP_LZMA)
+    with pytest.raises(CorruptError, match="NumPy does not use"):
+        npz.open(path)
+
+
+def test_a_large_array_is_streamed_in_little_memory(path: pathlib.Path):
+    values = np.zeros((40, 1 << 20), np.uint8)
+    np.savez_compressed(path, w=values, other=values)
+    with npz.open(path) as checkpoint:
+        step = 8 << 20
+        tracemalloc.start()
+        try:
+            for lo in range(0, values.nbytes, step):
+                assert len(checkpoint.stream("w", lo, lo + step)) == step
+            assert tracemalloc.get_traced_memory()[1] < 24 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_checkpoint_goes_there_and_back(tmp_path: pathlib.Path):
     tree = {"layers": [{"w": np.ones((3, 4), np.float32)}], "b": jnp.ones(3, jnp.bfloat16)}
     jaxckpt.save(tmp_path / "ours", tree)
-    with pytest.raises(UnsupportedLeafError):
-        convert(tmp_path / "ours", tmp_path / "a.npz", to="npz")
-    assert convert(tmp_path / "ours", tmp_path / "a.npz", to="npz", dtype="float32").ok
+    assert convert(tmp_path / "ours", tmp_path / "a.npz", dtype="float32").ok
     with np.load(tmp_path / "a.npz") as theirs:
         assert {name: theirs[name].dtype for name in theirs.files} == {"layers/0/w": "f4", "b": "f4"}
     assert convert(tmp_path / "a.npz", tmp_path / "again").ok

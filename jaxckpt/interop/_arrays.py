@@ -57,14 +57,10 @@ class ArrayContents:
         """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def pieces(self, first: int = 0, last: int | None = None) -> Iterator[Buffer]:
-        """Its bytes in C order, some MiB at a time; of all elements, or of those from ``first`` to before ``last``."""
-        end = self.nbytes if last is None else last * self.dtype.itemsize
-        start = first * self.dtype.itemsize
+    def pieces(self) -> Iterator[Buffer]:
+        """Its bytes in C order, some MiB at a time."""
         for run in contiguous_runs(self.shape, self.dtype.itemsize, _RUN_BYTES):
-            if run.lo < end and run.hi > start:
-                data = np.ascontiguousarray(self.read_run(run), self.dtype).reshape(-1).view(np.uint8)
-                yield data[max(start - run.lo, 0) : end - run.lo]
+            yield np.ascontiguousarray(self.read_run(run), self.dtype).reshape(-1).view(np.uint8)
 
 
 @final

@@ -1,24 +1,33 @@
 """How is a file read at places, and a box of an array that lies in it in C order?
 
-A file is never read past its end, and what is missing or unreadable is damage that names the file. Reads of a box are
-few: where the gaps between its runs of bytes are small, they are read too.
+A file is local, or an object of an object store, which a URL names. It is never read past its end, and what is missing
+or unreadable is damage that names the file. Reads of a box are few: where the gaps between its runs of bytes are small,
+they are read too.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import math
+import mmap
 import os
 import stat
+import sys
 from collections.abc import Callable
 from typing import Any, final
 
 import numpy as np
 
 from jaxckpt._errors import CheckpointError, CorruptError, NotFoundError, Problem
-from jaxckpt._storage import allocate_aligned
+from jaxckpt._storage import Buffer, allocate_aligned, local_path
+from jaxckpt._store import open_store
 
 # Bytes that are in memory beside the box.
 _PIECE_BYTES = 4 << 20
+# Flag of mmap(2) that Python does not name: no memory is set aside for copies of pages, of which there may be more than
+# the machine has memory.
+_MAP_NORESERVE = 0x4000
 # Reading this many bytes takes as long as asking for bytes elsewhere.
 _SEEK_BYTES = 32 << 10
 
@@ -28,19 +37,75 @@ def corrupt(path: str, kind: str, message: str, key: str | None = None) -> Corru
     return CorruptError(f"{path}: {message}", [Problem(key, kind, f"{path}: {message}")])
 
 
+# --- paths ----------------------------------------------------------------------------------------------------
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names an object of an object store."""
+    return "://" in path
+
+
+def absolute_path(path: str | os.PathLike[str]) -> str:
+    """A path that stays right when the working directory changes; URLs of object stores are so already."""
+    text = local_path(os.fspath(path))
+    return text if is_url(text) else os.path.abspath(text)
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The directory of a file, and its name; what follows the ``?`` of a URL stays with the directory."""
+    if not is_url(path):
+        return os.path.split(path)
+    place, mark, options = path.partition("?")
+    directory, _, name = place.rpartition("/")
+    return directory + mark + options, name
+
+
+def join_path(directory: str, name: str) -> str:
+    """The path of a file; `split_path` reversed."""
+    if not is_url(directory):
+        return os.path.join(directory, name)
+    place, mark, options = directory.partition("?")
+    return f"{place.rstrip('/')}/{name}{mark}{options}"
+
+
+def list_directory(path: str) -> list[str] | None:
+    """The names in a directory, in order; None where there is none.
+
+    Raises:
+      CheckpointError: It cannot be read.
+    """
+    if not is_url(path) and not os.path.isdir(path):
+        return None
+    try:
+        names = open_store(path).names() if is_url(path) else sorted(os.listdir(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path!r}: {error.strerror or error}") from error
+    return names or (None if is_url(path) else [])
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
 @final
 class SourceFile:
     """A file that is read at places, from any thread; never past its end.
 
     Args:
-      path: Its path.
+      path: Its path, or the URL of an object.
       count: Is told how many bytes were asked for.
     """
 
     def __init__(self, path: str, count: Callable[[int], None]) -> None:
         self.path = path
         self._count = count
+        self._descriptor = -1
+        self._is_open = True
         try:
+            if is_url(path):
+                directory, self._name = split_path(path)
+                self._store = open_store(directory)
+                self.size = self._store.length(self._name)
+                return
             # Without O_NONBLOCK, opening a pipe would wait for somebody who writes into it.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             found = os.fstat(self._descriptor)
@@ -70,10 +135,10 @@ class SourceFile:
         """
         self._check(offset, buffer.nbytes)
         self._count(buffer.nbytes)
-        rest = memoryview(buffer.reshape(-1).view(np.uint8))
-        while rest:
+        rest = buffer.reshape(-1).view(np.uint8)
+        while len(rest):
             try:
-                done = os.preadv(self._descriptor, [rest], offset)
+                done = self._read_some(offset, rest)
             except OSError as error:
                 message = f"cannot be read at byte {offset}: {error.strerror or error}"
                 raise corrupt(self.path, "unreadable", message) from error
@@ -82,22 +147,79 @@ class SourceFile:
             rest = rest[done:]
             offset += done
 
+    def _read_some(self, offset: int, rest: Buffer) -> int:
+        if self._descriptor < 0:
+            return self._store.read_into(self._name, offset, rest)
+        return os.preadv(self._descriptor, [memoryview(rest)], offset)
+
+    def map(self) -> Buffer | None:
+        """All of the file as memory that shows it, or None where that cannot be; nothing is read.
+
+        What is written into the memory is never written to the file.
+        """
+        self._check(0, 0)
+        if self._descriptor < 0 or self.size == 0:
+            return None
+        try:
+            return np.frombuffer(_map(self._descriptor, self.size), np.uint8)
+        except OSError:  # not every file system can
+            return None
+
     def close(self) -> None:
         """Closes the file; it can't be read any more."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._is_open = False
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
             self.close()
 
     def _check(self, offset: int, length: int) -> int:
-        if self._descriptor < 0:
+        if not self._is_open:
             raise ValueError(f"{self.path!r} is closed")
         if offset < 0 or length < 0 or offset + length > self.size:
             message = f"has {self.size} bytes, but bytes [{offset}, {offset + length}) must be there"
             raise corrupt(self.path, "length", message)
+        return length
+
+
+def _map(descriptor: int, length: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+    return mmap.mmap(descriptor, length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@final
+class FileView(io.RawIOBase):
+    """A `SourceFile` as a file of Python's, for libraries that want one."""
+
+    def __init__(self, source: SourceFile) -> None:
+        super().__init__()
+        self._source = source
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, f"there is no byte {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        target = np.frombuffer(buffer, np.uint8)
+        length = max(min(len(target), self._source.size - self._at), 0)
+        self._source.read_into(self._at, target[:length])
+        self._at += length
         return length
 
 

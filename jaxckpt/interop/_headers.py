@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -26,7 +25,7 @@ from jaxckpt._errors import NotFoundError
 from jaxckpt._foreign import ForeignLeaf
 from jaxckpt._manifest import RANK_MAX
 
-from ._files import SourceFile, corrupt
+from ._files import SourceFile, corrupt, split_path
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -35,7 +34,8 @@ METADATA_KEY = "__metadata__"
 # The limit of the package itself.
 _HEADER_BYTES_MAX = 100_000_000
 INDEX_BYTES_MAX = 100_000_000
-_HEADER_ALIGNMENT = 8
+# The package pads to 8. The elements then begin at a multiple of 64, where JAX takes mapped memory without a copy.
+_HEADER_ALIGNMENT = 64
 
 # In the order in which the package writes tensors, backwards. Those without a type of NumPy share bytes.
 _TYPES: tuple[tuple[str, Any], ...] = (
@@ -82,16 +82,16 @@ def read_index(path: str) -> dict[str, str]:
     try:
         if source.size > INDEX_BYTES_MAX:
             raise corrupt(path, "manifest", f"has {source.size} bytes, which is too much for an index")
-        index = _parse_json(source.read(0, source.size), path)
+        index: Any = _parse_json(source.read(0, source.size), path)
     finally:
         source.close()
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
+    files = _object_of((_object_of(index) or {}).get("weight_map"))
+    if files is None:
         raise corrupt(path, "manifest", "has no weight_map: it is no index of safetensors")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+    for name, file in files.items():
+        if not isinstance(file, str) or not file or file in (".", "..") or set(file) & set("/\\\0?"):
             raise corrupt(path, "manifest", f"names {file!r}, which is no file beside it", name)
-    return weight_map
+    return files
 
 
 def read_header(source: SourceFile, number: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -101,7 +101,8 @@ def read_header(source: SourceFile, number: int) -> tuple[dict[str, StoredTensor
       NotFoundError: It is no such file, by its name and its first bytes.
       CorruptError: The header is damaged, or is not that of a file of this length.
     """
-    if not source.path.endswith(".safetensors") and source.read(0, min(source.size, 9)).tobytes()[8:] != b"{":
+    is_named = split_path(source.path)[1].endswith(".safetensors")
+    if not is_named and source.read(0, min(source.size, 9)).tobytes()[8:] != b"{":
         raise NotFoundError(f"{source.path!r} is no file of safetensors: it has no header of theirs")
     length = int.from_bytes(source.read(0, 8), "little")
     if length > min(_HEADER_BYTES_MAX, source.size - 8):
@@ -111,9 +112,10 @@ def read_header(source: SourceFile, number: int) -> tuple[dict[str, StoredTensor
     header = source.read(8, length)
     if bytes(header[:1]) != b"{":
         raise corrupt(source.path, "manifest", "has a header that does not begin with a brace")
-    records = _parse_json(header, source.path)
-    metadata = records.pop(METADATA_KEY, None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    records: dict[str, Any] = _parse_json(header, source.path)
+    metadata = {} if records.get(METADATA_KEY) is None else _object_of(records[METADATA_KEY])
+    records.pop(METADATA_KEY, None)
+    if metadata is None or not all(isinstance(text, str) for text in metadata.values()):
         raise corrupt(source.path, "manifest", f"has a {METADATA_KEY} that is not texts by name")
     tensors: dict[str, StoredTensor] = {}
     ranges: list[tuple[int, int, str]] = []
@@ -146,15 +148,23 @@ def _parse_json(data: memoryview, path: str) -> Any:
         raise corrupt(path, "manifest", f"is damaged: it is no JSON: {error}") from error
 
 
+def _object_of(value: Any) -> dict[str, Any] | None:
+    """A value of JSON if it is an object."""
+    return value if isinstance(value, dict) else None
+
+
 def _parse_record(path: str, name: str, record: Any) -> tuple[ForeignLeaf, int, int]:
     """What a header says of a tensor, and where it begins and ends behind the header."""
 
     def fail(what: str) -> NoReturn:
         raise corrupt(path, "manifest", f"says of {name!r} {what}", name)
 
-    if not isinstance(record, dict):
+    fields = _object_of(record)
+    if fields is None:
         fail("nothing that could be read")
-    dtype_name, shape, offsets = (record.get(field) for field in ("dtype", "shape", "data_offsets"))
+    dtype_name: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype_name, str) or dtype_name not in _DTYPE_OF_NAME:
         fail(f"that it has the unknown dtype {dtype_name!r}")
     if not _are_sizes(shape) or len(shape) > RANK_MAX:
@@ -169,7 +179,8 @@ def _parse_record(path: str, name: str, record: Any) -> tuple[ForeignLeaf, int, 
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+    sizes: list[Any] = value if isinstance(value, list) else [None]
+    return all(type(each) is int and each >= 0 for each in sizes)
 
 
 def encode_header(
@@ -184,7 +195,7 @@ def encode_header(
         header[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    data += b" " * (-len(data) % _HEADER_ALIGNMENT)
+    data += b" " * (-(8 + len(data)) % _HEADER_ALIGNMENT)
     return len(data).to_bytes(8, "little") + data
 
 

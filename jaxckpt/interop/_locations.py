@@ -28,7 +28,7 @@ from jaxckpt._errors import CheckpointError, NotFoundError, printable
 from ._files import SourceFile, corrupt
 from ._protobuf import WireError
 from ._savedslices import first_record
-from ._sstable import Table
+from ._sstable import MAGIC, Table
 
 _STATE_NAME = "checkpoint"
 _MODEL_NAME = "saved_model.pb"
@@ -39,6 +39,9 @@ _STATE_LINE = re.compile(
 )
 _ESCAPE = re.compile(rb"\\([0-7]{1,3}|x[0-9a-fA-F]{1,2}|.)")
 _ESCAPED = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
+
+# A record whose key is empty.
+_TABLE_START = b"\0\0"
 
 _DATA_FILE = re.compile(r"(.*)\.data-[0-9]{5}-of-[0-9]{5}", re.DOTALL)
 _NUMBERED_FILE = re.compile(r"(.*)-([0-9]{5}|\?{5})-of-([0-9]{5})", re.DOTALL)
@@ -94,7 +97,7 @@ def _locate_file(path: str) -> Location | None:
     if numbered is not None:
         return _locate_numbered(numbered[1], int(numbered[3]))
     if os.path.isfile(path):
-        return Location(path, (path,))
+        return Location(path, (path,)) if _may_be_table(path) else None
     counts = {
         int(match[3])
         for name in glob.glob(f"{glob.escape(path)}-?????-of-?????")
@@ -202,6 +205,17 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     if escape[:1] == b"x" and len(escape) > 1:
         return bytes([int(escape[1:], 16)])
     return _ESCAPED.get(escape, escape)
+
+
+def _may_be_table(path: str) -> bool:
+    """Whether a file begins or ends as V1 checkpoints do, of which one may be cut off or damaged in a place."""
+    try:
+        with open(path, "rb") as file:
+            first = file.read(len(_TABLE_START))
+            file.seek(-min(8, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            return _TABLE_START.startswith(first) or file.read() == MAGIC.to_bytes(8, "little")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path!r}: {error.strerror or error}") from error
 
 
 def _is_table(path: str) -> bool:

@@ -301,7 +301,7 @@ class _ItemReader:
             raise corrupt(path, "missing", f"does not hold {entry.name!r}", entry.name)
         is_value = found.dtype is None or (entry.value_type == "scalar" and not found.shape)
         kind = "value" if is_value else _array_kind(entry, found.dtype)
-        leaf = ForeignLeaf(entry.name, found.dtype, found.shape, entry.value_type, kind)
+        leaf = ForeignLeaf(entry.name, found.dtype, found.shape, entry.value_type, kind=kind)
         return ItemLeaf(leaf, aggregate=(self._aggregate, name))
 
     def _text(self, entry: Entry, texts: Any) -> ItemLeaf:
@@ -312,7 +312,7 @@ class _ItemReader:
         if not isinstance(texts, str):
             path = f"{self._store.path}/{_TEXTS_NAME}"
             raise corrupt(path, "missing", f"does not hold the text {entry.name!r}", entry.name)
-        return ItemLeaf(ForeignLeaf(entry.name, None, (), "string", "value"), text=texts)
+        return ItemLeaf(ForeignLeaf(entry.name, None, (), "string", kind="value"), text=texts)
 
     # --- arrays -----------------------------------------------------------------------------------------------
 
@@ -411,7 +411,9 @@ def _array_leaf(
         kind = "key"
     else:
         kind = "value" if is_number and not form.shape else _array_kind(entry, form.dtype)
-    return ForeignLeaf(entry.name, form.dtype, form.shape, str(form.dtype), kind, impl, sharding)
+    return ForeignLeaf(
+        entry.name, form.dtype, form.shape, str(form.dtype), kind=kind, impl=impl, sharding=sharding
+    )
 
 
 def _array_kind(entry: Entry, dtype: np.dtype[Any] | None) -> str:

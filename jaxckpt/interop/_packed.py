@@ -34,7 +34,8 @@ COMPLEX = 2
 SCALAR = 3
 CHUNKED_KEY = "__msgpack_chunked_array__"
 
-_DEPTH_MAX = 500
+# Far more than any state has; what reads one goes down by recursion.
+_DEPTH_MAX = 100
 _WINDOW_BYTES = 64 << 10
 # A name, a dtype or a text that is no value of a state.
 _TEXT_BYTES_MAX = 64 << 20
@@ -80,37 +81,46 @@ class PackedArray:
 Node = Any
 
 
-def index_file(source: SourceFile) -> dict[str, Node]:
+def index_file(source: SourceFile) -> dict[tuple[str, ...], Node]:
     """The arrays and values of a file by their paths, in its order.
 
     Raises:
       NotFoundError: It is no such file.
       CorruptError: It is damaged.
     """
-    first = source.read(0, min(source.size, 1)).tobytes()
-    if not first or not (0x80 <= first[0] <= 0x8F or first[0] in _MAP):
-        raise NotFoundError(f"{source.path!r} is no msgpack file of Flax's: it does not begin with a dict")
+    if not _begins_with_name(source.read(0, min(source.size, 6)).tobytes()):
+        raise NotFoundError(
+            f"{source.path!r} is no msgpack file of Flax's: it does not begin with a dict of names"
+        )
     reader = _Reader(source)
     root = reader.value(0)
     if reader.at != source.size:
         reader.fail(f"ends at byte {reader.at} of {source.size}")
-    found: dict[str, Node] = {}
-    for path, leaf in _leaves_of(root, ()):
-        name = "/".join(path)
-        if name in found:
-            reader.fail(f"has two values with the path {name!r}")
-        found[name] = leaf
-    return found
+    return dict(_leaves_of(root, ()))
+
+
+def _begins_with_name(data: bytes) -> bool:
+    """Whether these are the first bytes of a dict whose first key is a text; so do few other files begin."""
+    if data in (b"", b"\x80"):
+        return bool(data)
+    length_bytes = 0 if 0x81 <= data[0] <= 0x8F else _MAP.get(data[0])
+    if length_bytes is None:
+        return False
+    key = data[1 + length_bytes : 2 + length_bytes]
+    return any(0xA0 <= byte <= 0xBF or byte in _STR for byte in key)
 
 
 def _leaves_of(node: Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Node]]:
-    if isinstance(node, list):
-        node = {str(number): each for number, each in enumerate(node)}
-    if not isinstance(node, dict):
+    if not isinstance(node, (dict, list)):
         yield path, node
         return
-    for key, inner in node.items():
+    children: dict[str, Node] = node if isinstance(node, dict) else _numbered(node)
+    for key, inner in children.items():
         yield from _leaves_of(inner, (*path, key))
+
+
+def _numbered(values: Sequence[Node]) -> dict[str, Node]:
+    return {str(number): value for number, value in enumerate(values)}
 
 
 @final
@@ -227,7 +237,11 @@ class _Reader:
         array = self._array(shape, name, data)
         if self.at != end:
             self.fail(f"has an array that ends at byte {self.at} instead of {end}")
-        return array
+        if code == ARRAY:
+            return array
+        if array.shape:
+            self.fail(f"has a scalar of the shape {array.shape}")
+        return np.frombuffer(self._source.read(*array.ranges[0]), array.dtype)[0]
 
     def _fields(self, count: int, end: int) -> list[Any]:
         """The values that an extension packs; the bytes of an array are not read but as the place where they are."""

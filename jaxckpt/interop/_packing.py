@@ -9,14 +9,16 @@ Deliberately not here: groups of processes; one process writes all, and refuses 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, final
 
 import msgpack
 import numpy as np
 
+from jaxckpt._dtypes import dtype_from
 from jaxckpt._errors import (
     CheckpointError,
     ExistsError,
@@ -24,21 +26,51 @@ from jaxckpt._errors import (
     UnsupportedLeafError,
     WriteError,
     list_problems,
+    printable_key,
 )
 from jaxckpt._foreign import name_of_key
-from jaxckpt._keys import flatten
+from jaxckpt._keys import flatten, rebuild
 from jaxckpt._progress import Progress, ProgressMeter
+from jaxckpt._storage import Buffer
 from jaxckpt._store import open_store
 
 from ._arrays import ArrayContents, RefusedError, StringContents, WriteBuffer, contents_of
-from ._packed import ARRAY, CHUNKED_KEY, COMPLEX
+from ._files import absolute_path, split_path
+from ._packed import ARRAY, CHUNKED_KEY, COMPLEX, SCALAR
 
 # From here on Flax packs an array in chunks.
 CHUNK_BYTES = 1 << 30
 
 
-# Bytes of msgpack, or elements `[first, last)` of an array.
-_Part = bytes | tuple[ArrayContents, int, int]
+@final
+class _Elements:
+    """The bytes of an array, taken in order."""
+
+    def __init__(self, contents: ArrayContents) -> None:
+        self._pieces = contents.pieces()
+        self._rest: Buffer = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> Iterator[Buffer]:
+        """The next so many bytes, in pieces."""
+        while nbytes:
+            if not len(self._rest):
+                self._rest = next(self._pieces)
+            piece = self._rest[:nbytes]
+            self._rest = self._rest[len(piece) :]
+            nbytes -= len(piece)
+            yield piece
+
+
+# Bytes of msgpack, or of an array so many.
+_Part = bytes | tuple[_Elements, int]
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Packed:
+    """A leaf, packed."""
+
+    parts: list[_Part]
 
 
 def write(
@@ -50,9 +82,9 @@ def write(
 ) -> None:
     """Writes a pytree as a msgpack file that ``flax.serialization.from_bytes`` takes.
 
-    Lists, tuples and other nodes become dicts, as in Flax's state dicts. Arrays keep their dtype; Python's numbers,
-    texts and bytes are packed as they are. Typed PRNG keys are written as their key data. Leaves of open checkpoints
-    are read while they are written. None is no leaf.
+    Lists, tuples and other nodes become dicts, as in Flax's state dicts, also empty ones. Arrays keep their dtype;
+    Python's numbers, texts and bytes, and None, are packed as they are. Typed PRNG keys are written as their key data.
+    Leaves of open checkpoints are read while they are written.
 
     The file is there whole and durable when the function returns, and the old one as it was when it fails.
 
@@ -77,14 +109,14 @@ def write(
       ('params/0', 'step')
     """
     text = os.fspath(path)
-    directory, name = os.path.split(text)
+    directory, name = split_path(absolute_path(text))
     if not name:
         raise ValueError(f"path must end in the name of a file, not {text!r}")
-    parts = _plan(tree, text)
-    lengths = [len(part) if isinstance(part, bytes) else _nbytes(part) for part in parts]
+    parts = list(_plan(tree, text))
+    lengths = [len(part) if isinstance(part, bytes) else part[1] for part in parts]
     meter = ProgressMeter(sum(lengths), "write", on_progress)
+    store = open_store(directory)
     try:
-        store = open_store(directory)
         if store.exists(name) and not overwrite:
             raise ExistsError(
                 f"{text!r} is there already\npass overwrite=True to replace it, or choose another path"
@@ -114,99 +146,95 @@ def write(
     meter.enter("done")
 
 
-def _nbytes(part: tuple[ArrayContents, int, int]) -> int:
-    contents, first, last = part
-    return (last - first) * contents.dtype.itemsize
-
-
-def _pieces(part: _Part) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+def _pieces(part: _Part) -> Iterator[Buffer]:
     if isinstance(part, bytes):
-        yield np.frombuffer(part, np.uint8)
-        return
-    contents, first, last = part
-    yield from contents.pieces(first, last)
+        return iter([np.frombuffer(part, np.uint8)])
+    elements, nbytes = part
+    return elements.take(nbytes)
 
 
 # --- planning -------------------------------------------------------------------------------------------------
 
 
-def _plan(tree: Any, path: str) -> list[_Part]:
+def _plan(tree: Any, path: str) -> Iterator[_Part]:
     """The file, part by part.
 
     Raises:
       UnsupportedLeafError: Some leaves cannot be packed.
     """
     flat = flatten(tree)
-    root: dict[str, Any] = {}
+    packed: list[_Packed] = []
     problems: list[Problem] = []
+    owners: dict[tuple[str, ...], str] = {}
     for key, leaf in zip(flat.keys, flat.leaves, strict=True):
         try:
             if not key:
                 raise RefusedError("has no name: put the leaf into a dict")
-            names = [name_of_key(component) for component in key.split("/")]
-            _put(root, names, _plan_leaf(leaf))
+            # Flax has texts as keys only: the int 3 and the text "3" are one.
+            owner = owners.setdefault(tuple(map(name_of_key, key.split("/"))), key)
+            if owner != key:
+                raise RefusedError(f"has the path of the leaf {printable_key(owner)} in Flax")
+            packed.append(_Packed(_plan_leaf(leaf)))
         except RefusedError as refusal:
             problems.append(Problem(key, "leaf", str(refusal)))
     if problems:
         headline = f"cannot write {path!r}: Flax can't have {len(problems)} of {len(flat.keys)} leaves"
         raise UnsupportedLeafError(list_problems(headline, problems, ["nothing was written"]), problems)
-    return list(_joined(_pack(root)))
-
-
-def _put(root: dict[str, Any], names: list[str], leaf: list[_Part]) -> None:
-    for name in names[:-1]:
-        root = root.setdefault(name, {})
-        if not isinstance(root, dict):
-            raise RefusedError(
-                "has the path of another leaf, but for types of keys that Flax does not tell apart"
-            )
-    if names[-1] in root:
-        raise RefusedError(
-            "has the path of another leaf, but for types of keys that Flax does not tell apart"
-        )
-    root[names[-1]] = leaf
+    return _joined(_pack(rebuild(flat.nodes, packed)))
 
 
 def _plan_leaf(leaf: Any) -> list[_Part]:
-    if isinstance(leaf, (bool, int, float, str, bytes)) and not isinstance(leaf, np.generic):
+    is_scalar = isinstance(leaf, np.generic)
+    if isinstance(leaf, (bool, int, float, str, bytes)) and not is_scalar:
         try:
-            return [msgpack.packb(leaf, use_bin_type=True)]
+            return [_packb(leaf)]
         except (OverflowError, UnicodeEncodeError) as error:
             raise RefusedError(f"cannot be packed: {error}") from error
-    if isinstance(leaf, complex) and not isinstance(leaf, np.generic):
-        return [msgpack.packb(msgpack.ExtType(COMPLEX, msgpack.packb((leaf.real, leaf.imag))))]
+    if isinstance(leaf, complex) and not is_scalar:
+        return [_packb(msgpack.ExtType(COMPLEX, _packb((leaf.real, leaf.imag))))]
     contents = contents_of(leaf)
     if isinstance(contents, StringContents):
         if contents.shape:
             raise RefusedError("is an array of strings, which Flax cannot pack")
         return _plan_leaf(contents.strings[0])
+    if not _has_name(contents.dtype):
+        raise RefusedError(f"has the dtype {contents.dtype}, which Flax cannot pack")
+    elements = _Elements(contents)
     count = math.prod(contents.shape)
     if contents.nbytes <= CHUNK_BYTES:
-        return _plan_array(contents, contents.shape, 0, count)
+        code = SCALAR if is_scalar else ARRAY
+        return _plan_array(elements, contents.shape, contents.dtype, code)
     step = max(1, CHUNK_BYTES // contents.dtype.itemsize)
+    sizes = [min(step, count - first) for first in range(0, count, step)]
     chunks = {
-        str(number): _plan_array(
-            contents, (min(first + step, count) - first,), first, min(first + step, count)
-        )
-        for number, first in enumerate(range(0, count, step))
+        str(number): _Packed(_plan_array(elements, (size,), contents.dtype, ARRAY))
+        for number, size in enumerate(sizes)
     }
-    shape = {str(axis): [msgpack.packb(size)] for axis, size in enumerate(contents.shape)}
-    return list(_pack({CHUNKED_KEY: [msgpack.packb(True)], "shape": shape, "chunks": chunks}))
+    shape = {str(axis): _Packed([_packb(size)]) for axis, size in enumerate(contents.shape)}
+    return list(_pack({CHUNKED_KEY: _Packed([_packb(True)]), "shape": shape, "chunks": chunks}))
 
 
-def _plan_array(contents: ArrayContents, shape: tuple[int, ...], first: int, last: int) -> list[_Part]:
-    nbytes = (last - first) * contents.dtype.itemsize
-    packer = msgpack.Packer(use_bin_type=True, autoreset=False)
-    packer.pack_array_header(3)
-    packer.pack(shape)
-    packer.pack(contents.dtype.name)
-    inner = packer.bytes() + _header_of(nbytes, (0xC4, 0xC5, 0xC6))
+def _has_name(dtype: np.dtype[Any]) -> bool:
+    try:
+        return dtype_from(dtype.name) == dtype
+    except ValueError:
+        return False
+
+
+def _plan_array(elements: _Elements, shape: tuple[int, ...], dtype: np.dtype[Any], code: int) -> list[_Part]:
+    nbytes = math.prod(shape) * dtype.itemsize
+    inner = b"\x93" + _packb(shape) + _packb(dtype.name) + _header_of(nbytes, (0xC4, 0xC5, 0xC6))
     length = len(inner) + nbytes
     if length in (1, 2, 4, 8, 16):
-        extension = bytes([0xD4 + length.bit_length() - 1, ARRAY])
+        extension = bytes([0xD4 + length.bit_length() - 1, code])
     else:
-        extension = _header_of(length, (0xC7, 0xC8, 0xC9)) + bytes([ARRAY])
-    return [extension + inner, (contents, first, last)]
+        extension = _header_of(length, (0xC7, 0xC8, 0xC9)) + bytes([code])
+    return [extension + inner, (elements, nbytes)]
+
+
+def _packb(value: Any) -> bytes:
+    packed: Any = msgpack.packb(value)
+    return packed
 
 
 def _header_of(length: int, kinds: tuple[int, int, int]) -> bytes:
@@ -218,16 +246,22 @@ def _header_of(length: int, kinds: tuple[int, int, int]) -> bytes:
 
 
 def _pack(node: Any) -> Iterator[_Part]:
-    """A dict of dicts and leaves."""
-    if not isinstance(node, dict):
-        yield from node
+    """A tree of dicts, lists, tuples, leaves and None."""
+    if isinstance(node, _Packed):
+        yield from node.parts
         return
+    if node is None:
+        yield _packb(None)
+        return
+    if hasattr(node, "_asdict"):
+        node = node._asdict()
+    children: dict[Any, Any] = node if isinstance(node, dict) else dict(enumerate(node))
     packer = msgpack.Packer(autoreset=False)
-    packer.pack_map_header(len(node))
+    packer.pack_map_header(len(children))
     yield packer.bytes()
-    for name, inner in node.items():
-        yield msgpack.packb(name)
-        yield from _pack(inner)
+    for name, child in children.items():
+        yield _packb(str(name))
+        yield from _pack(child)
 
 
 def _joined(parts: Iterator[_Part]) -> Iterator[_Part]:

@@ -38,6 +38,7 @@ from jaxckpt._storage import Store
 from jaxckpt._store import open_store
 
 from ._arrays import ArrayContents, RefusedError, StringContents, WriteBuffer, contents_of
+from ._files import absolute_path, split_path
 from ._headers import (
     INDEX_BYTES_MAX,
     INDEX_NAME,
@@ -57,6 +58,7 @@ def write(
     *,
     metadata: Mapping[str, str] | None = None,
     shard_bytes_max: int | None = None,
+    separator: str = ".",
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> None:
@@ -64,7 +66,8 @@ def write(
 
     A tensor's name is the path of its leaf, with dots between the parts and nothing escaped:
     ``{"dense": {"kernel": x}}`` and ``{"dense.kernel": x}`` are both written as ``dense.kernel``. Lists number their
-    parts from 0. One file is byte for byte what the package writes for the same tensors.
+    parts from 0. The tensors lie in a file in the order in which the package writes them, from a multiple of 64 on, so
+    that `read` can map them.
 
     Arrays keep their dtype, big-endian ones are written as little-endian. Python's int becomes int64, float float64.
     Typed PRNG keys are written as their key data. Leaves of open checkpoints are read while they are written. None is
@@ -79,6 +82,7 @@ def write(
       tree: Pytree with at least one level: a single leaf has no name.
       metadata: Texts by name, for the header of each file.
       shard_bytes_max: Most bytes of the tensors in one file, if it has more than one tensor; None writes one file.
+      separator: What stands between the parts of a name.
       overwrite: Whether files that are there already may be replaced.
       on_progress: Called with a `Progress` after each piece of a few megabytes.
 
@@ -89,7 +93,7 @@ def write(
       WriteError: Storage refused a write.
       ValueError: ``shard_bytes_max`` is given, and ``path`` is that of a file.
 
-    Host memory: Some 16 MiB. On an object store, a file.
+    Host memory: Some 16 MiB. On an object store, a file; ``shard_bytes_max`` bounds that.
 
     Example:
       >>> from jaxckpt.interop import safetensors
@@ -98,13 +102,13 @@ def write(
       >>> sorted(each.name for each in (tmp / "model").iterdir())[:2]
       ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
-    text = os.fspath(path)
-    is_file = text.endswith(".safetensors")
+    text = absolute_path(path)
+    is_file = split_path(text)[1].endswith(".safetensors")
     if is_file and shard_bytes_max is not None:
         raise ValueError(f"shard_bytes_max= writes several files: path must be a directory, not {text!r}")
-    directory, single_name = os.path.split(text) if is_file else (text, SINGLE_NAME)
-    texts = _check_metadata(metadata)
-    tensors = plan_tensors(tree, text)
+    directory, single_name = split_path(text) if is_file else (text, SINGLE_NAME)
+    texts = _check_metadata(metadata or {})
+    tensors = plan_tensors(tree, text, separator)
     meter = ProgressMeter(sum(contents.nbytes for _, contents in tensors), "write", on_progress)
     store = open_store(directory)
     try:
@@ -129,15 +133,14 @@ def write(
     meter.enter("done")
 
 
-def _check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    found = dict(metadata or {})
-    for key, value in found.items():
+def _check_metadata(metadata: Mapping[Any, Any]) -> dict[str, str]:
+    for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata= has texts by name, not {value!r} by {key!r}")
-    return found
+    return dict(metadata)
 
 
-def plan_tensors(tree: Any, path: str) -> list[PlannedTensor]:
+def plan_tensors(tree: Any, path: str, separator: str = ".") -> list[PlannedTensor]:
     """The tensors in the order of their file.
 
     Raises:
@@ -149,7 +152,7 @@ def plan_tensors(tree: Any, path: str) -> list[PlannedTensor]:
     key_of_name: dict[str, str] = {}
     for key, leaf in zip(flat.keys, flat.leaves, strict=True):
         try:
-            name = _name_of(key)
+            name = _name_of(key, separator)
             tensors.append((name, _contents_of(leaf)))
         except RefusedError as refusal:
             problems.append(Problem(key, "leaf", str(refusal)))
@@ -165,9 +168,9 @@ def plan_tensors(tree: Any, path: str) -> list[PlannedTensor]:
     return sorted(tensors, key=lambda tensor: (-PLACE_OF_DTYPE[tensor[1].dtype], tensor[0]))
 
 
-def _name_of(key: str) -> str:
-    name = name_of_key(key, ".")
-    if not name:
+def _name_of(key: str, separator: str) -> str:
+    name = name_of_key(key, separator)
+    if not key:
         raise RefusedError("has no name: put the leaf into a dict")
     if name == METADATA_KEY:
         raise RefusedError(f"has the name {name!r}, which means something else")
@@ -234,18 +237,18 @@ def write_files(
         if there & set(names):
             token = secrets.token_hex(4)  # what is there stays as it is until the index names the others
             names = [f"model-{token}-{name.removeprefix('model-')}" for name in names]
-        written: list[str] = []
         try:
             for name, tensors in zip(names, files, strict=True):
                 _write_file(store, name, tensors, metadata, meter)
-                written.append(name)
-            meter.enter("commit")
-            store.publish(INDEX_NAME, _index_of(names, files))
         except BaseException:
-            for name in written:
+            for name in names:
                 with contextlib.suppress(OSError):  # the failure that matters is the one that led here
                     store.delete(name)
             raise
+        meter.enter("commit")
+        store.publish(
+            INDEX_NAME, _index_of(names, files)
+        )  # where this fails, either index has all of its files
         stale = [single_name, *old_names]
     for name in stale:
         if name in there:

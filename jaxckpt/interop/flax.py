@@ -20,7 +20,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -28,26 +28,30 @@ from jax.sharding import Mesh
 
 from jaxckpt._config import RestoreOptions
 from jaxckpt._errors import CheckpointError, NotFoundError
-from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, restore_foreign
+from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, keys_of_names, restore_foreign
 from jaxckpt._naming import Rename, Select
-from jaxckpt._storage import Buffer, allocate_aligned, local_path
+from jaxckpt._storage import Buffer, allocate_aligned
 
-from ._files import SourceFile, read_box
+from ._files import SourceFile, absolute_path, is_url, join_path, list_directory, read_box
 from ._packed import PackedArray, index_file
 from ._packing import write
 
 __all__ = ["FlaxCheckpoint", "can_read", "open", "read", "write"]
 
-_STEP = re.compile(r"(.*?)(-?\d+(?:\.\d+)?)")
+# As ``flax.training.checkpoints`` takes numbers: an integer, or a float.
+_STEP = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?(e[+-]?[0-9]{1,2})?")
 
 
 @final
 class FlaxCheckpoint(ForeignCheckpoint):
     """A msgpack file of Flax, open for reading from any thread; `open` makes these.
 
-    Arrays have the path that they have in the file, with ``/`` between its parts. Python's numbers are arrays without
-    axes; texts and bytes are strings, and None has no leaf.
+    Arrays have the path that they have in the file, with ``/`` between its parts, which are escaped as in keys where
+    they have ``/`` or ``~`` themselves. Python's numbers are arrays without axes, texts and bytes are strings; all of
+    them are restored as what they are. None and empty dicts have no leaf.
     """
+
+    is_nested = True
 
     def __init__(self, path: str) -> None:
         ForeignCheckpoint.__init__(self, path, "Flax msgpack")
@@ -59,14 +63,20 @@ class FlaxCheckpoint(ForeignCheckpoint):
             raise
         self._arrays: dict[str, PackedArray | np.ndarray[Any, Any]] = {}
         self._leaves: dict[str, ForeignLeaf] = {}
-        for name, node in nodes.items():
+        self._tree_keys: list[str] = []
+        for parts, node in nodes.items():
             if node is None:
                 continue
+            tree_key = "/".join(keys_of_names(parts, None))
+            # Escaped where it would not be told from that of other parts.
+            name = tree_key if set("/~") & set("".join(parts)) else "/".join(parts)
+            self._tree_keys.append(tree_key)
+            value = None if isinstance(node, PackedArray) else node
             array = node if isinstance(node, PackedArray) else _array_of_value(node)
             self._arrays[name] = array
             dtype = None if array.dtype == object else array.dtype
             stored_as = "strings" if dtype is None else str(dtype)
-            self._leaves[name] = ForeignLeaf(name, dtype, array.shape, stored_as)
+            self._leaves[name] = ForeignLeaf(name, dtype, array.shape, stored_as, value)
 
     def leaves(self) -> Mapping[str, ForeignLeaf]:
         """The arrays by name, in the order of the file.
@@ -75,6 +85,10 @@ class FlaxCheckpoint(ForeignCheckpoint):
           For each its dtype (None for strings) and its shape.
         """
         return self._leaves
+
+    def tree_keys(self) -> Sequence[str]:
+        """As `ForeignCheckpoint.tree_keys`; the file tells ``/`` within a part from that between two."""
+        return self._tree_keys
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """A box of an array, C-contiguous; of strings an array of bytes. May be called from several threads.
@@ -99,9 +113,8 @@ class FlaxCheckpoint(ForeignCheckpoint):
         # Rows of an array that lies in several places.
         row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
         rows = self._bytes_of(array, lo[0] * row_bytes, hi[0] * row_bytes)
-        return np.ascontiguousarray(
-            rows.view(array.dtype).reshape((hi[0] - lo[0], *array.shape[1:]))[(slice(None), *index[1:])]
-        )
+        shape = (hi[0] - lo[0], *array.shape[1:])
+        return np.ascontiguousarray(np.ndarray(shape, array.dtype, rows)[(slice(None), *index[1:])])
 
     def stream(self, key: str, lo: int, hi: int) -> Buffer:
         """Bytes of an array; see `ForeignCheckpoint.stream`.
@@ -153,7 +166,7 @@ def can_read(path: str | os.PathLike[str]) -> bool:
     """Whether a path means a msgpack file of Flax, as `open` takes it.
 
     Args:
-      path: Any local path.
+      path: Any path or URL.
 
     Returns:
       Whether there is one that is not damaged.
@@ -170,11 +183,14 @@ def can_read(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def open(path: str | os.PathLike[str], *, prefix: str = "checkpoint_") -> FlaxCheckpoint:
+def open(
+    path: str | os.PathLike[str], *, step: float | None = None, prefix: str = "checkpoint_"
+) -> FlaxCheckpoint:
     """Opens a msgpack file of Flax; finds its arrays, and reads none.
 
     Args:
-      path: The file, or the directory of ``flax.training.checkpoints``, of which the newest is opened. Local.
+      path: The file, or a directory of ``flax.training.checkpoints``. A path, or the URL of an object store.
+      step: Which one of a directory; None: the newest, which has the highest step.
       prefix: What the names of the files in a directory begin with; the step follows.
 
     Returns:
@@ -192,23 +208,32 @@ def open(path: str | os.PathLike[str], *, prefix: str = "checkpoint_") -> FlaxCh
       >>> flax.open(tmp / "run")["w"][...]
       array([1, 2, 3, 4])
     """
-    text = os.path.abspath(local_path(os.fspath(path)))
-    return FlaxCheckpoint(_newest_in(text, prefix) if os.path.isdir(text) else text)
+    text = absolute_path(path)
+    names = list_directory(text)
+    if names is None:
+        if step is not None:
+            raise ValueError(f"step= is for a directory of checkpoints, and {text!r} is none")
+        return FlaxCheckpoint(text)
+    return FlaxCheckpoint(join_path(text, _choose_step(text, names, step, prefix)))
 
 
-def _newest_in(directory: str, prefix: str) -> str:
-    """The file of the highest step in a directory of ``flax.training.checkpoints``."""
-    steps: dict[float, str] = {}
-    for entry in os.scandir(directory):
-        match = _STEP.fullmatch(entry.name)
-        if match and match[1] == prefix and entry.is_file():
-            steps[float(match[2])] = entry.path
-    if not steps:
+def _choose_step(directory: str, names: Sequence[str], step: float | None, prefix: str) -> str:
+    """The file of a step, or of the highest one, among these names in a directory of ``flax.training.checkpoints``."""
+    name_of_step: dict[float, str] = {}
+    for name in names:
+        is_directory = not is_url(directory) and os.path.isdir(join_path(directory, name))
+        number = name.removeprefix(prefix)
+        if name.startswith(prefix) and _STEP.fullmatch(number) and not is_directory:
+            name_of_step[float(number)] = name
+    if not name_of_step:
         raise NotFoundError(
-            f"no file in {directory!r} is named {prefix!r} and a step\n"
-            "directories with such names are Orbax's: jaxckpt.interop.orbax opens them"
+            f"no file in {directory!r} is named {prefix!r} and a step; directories with such names are Orbax's"
         )
-    return steps[max(steps)]
+    wanted = max(name_of_step) if step is None else step
+    if wanted not in name_of_step:
+        steps = ", ".join(f"{each:g}" for each in sorted(name_of_step)[-10:])
+        raise NotFoundError(f"{directory!r} has no step {step}; it has {steps}")
+    return name_of_step[wanted]
 
 
 def read(
@@ -223,14 +248,16 @@ def read(
     unexpected: str = "error",
     cast: bool = False,
     reshape: bool = False,
+    step: float | None = None,
+    prefix: str = "checkpoint_",
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
     """Restores a msgpack file of Flax as a tree of JAX arrays, straight onto devices.
 
-    Without ``like`` the result is ``{name: array}``; with ``like``, or ``rename``, a tree whose keys match the names.
-    The lists and tuples that Flax turns into dicts of numbers match lists and tuples. Texts come as bytes; without
-    ``like``, 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is set.
+    Without ``like`` the result is the nested dicts of the file, with integers as keys where it has lists and tuples,
+    which match those of ``like``, and arrays of 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is set.
+    Python's numbers and texts come as what they are.
 
     Args:
       path: As for `open`, or an open checkpoint.
@@ -243,6 +270,8 @@ def read(
       unexpected: As for `jaxckpt.restore`.
       cast: As for `jaxckpt.restore`.
       reshape: As for `jaxckpt.restore`.
+      step: As for `open`.
+      prefix: As for `open`.
       report: As for `jaxckpt.restore`.
       options: As for `jaxckpt.restore`.
 
@@ -264,7 +293,10 @@ def read(
       {'layers': [Array([1., 1.], dtype=float32)]}
     """
     with contextlib.ExitStack() as stack:
-        checkpoint = path if isinstance(path, ForeignCheckpoint) else stack.enter_context(open(path))
+        if isinstance(path, ForeignCheckpoint):
+            checkpoint = path
+        else:
+            checkpoint = stack.enter_context(open(path, step=step, prefix=prefix))
         return restore_foreign(
             checkpoint,
             like,

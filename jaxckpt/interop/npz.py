@@ -4,8 +4,10 @@
 that ``numpy.load`` reads. What is read whole is verified by the archive's CRC-32; a part of an array that is not
 compressed is read alone, and is not.
 
-NumPy's files have no name for the types of `ml_dtypes`, such as bfloat16: NumPy itself saves these as raw bytes, which
-come back so here too. They are refused by `write`; ``jaxckpt convert --dtype float32`` writes them as float32.
+NumPy's files have no names for the types of `ml_dtypes`, such as bfloat16: NumPy saves these as raw bytes, ``V2`` for
+bfloat16, and ``numpy.load`` gives those (``array.view(ml_dtypes.bfloat16)`` is the array). `write` does the same, and
+notes the type as the comment of the archive's entry, so that such arrays come back as they were. Of arrays without such
+a note ``V2`` is taken for bfloat16.
 
 Example:
   >>> from jaxckpt.interop import npz
@@ -18,23 +20,23 @@ Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import dataclasses
 import io
 import math
 import os
-import secrets
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxckpt._config import MIB, RestoreOptions
+from jaxckpt._dtypes import dtype_from, is_jax_dtype
 from jaxckpt._errors import (
     CheckpointError,
     ExistsError,
@@ -47,13 +49,23 @@ from jaxckpt._errors import (
 )
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, name_of_key, restore_foreign
 from jaxckpt._keys import flatten
+from jaxckpt._manifest import RANK_MAX
 from jaxckpt._naming import Rename, Select
 from jaxckpt._progress import Progress, ProgressMeter
-from jaxckpt._storage import Buffer, local_path
+from jaxckpt._storage import Buffer, allocate_aligned, temporary_name
 from jaxckpt._store import Kernel
 
 from ._arrays import ArrayContents, RefusedError, StringContents, contents_of
-from ._files import SourceFile, corrupt, read_box
+from ._files import (
+    FileView,
+    SourceFile,
+    absolute_path,
+    corrupt,
+    is_url,
+    list_directory,
+    read_box,
+    split_path,
+)
 
 __all__ = ["NpzCheckpoint", "can_read", "open", "read", "write"]
 
@@ -63,6 +75,12 @@ _LOCAL_MAGIC = b"PK\x03\x04"
 # What NumPy's reader takes.
 _HEADER_BYTES_MAX = 64 << 10
 _PIECE_BYTES = 4 * MIB
+# Bytes that one byte can become at most when it is expanded; zlib's manual has the number.
+_DEFLATE_RATIO_MAX = 1032
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, NotImplementedError)
+# Beside these, what NumPy's reader of headers raises, which makes a tree of Python's syntax of up to 10,000 characters.
+_UNREADABLE = (SyntaxError, TypeError, LookupError, OverflowError, MemoryError, tokenize.TokenError)
 # The least that the calendar of archives knows, so that the same arrays make the same file.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -96,28 +114,31 @@ class NpzCheckpoint(ForeignCheckpoint):
     are read: that would run code of whoever wrote them.
     """
 
+    is_nested = True
+
     def __init__(self, path: str) -> None:
         ForeignCheckpoint.__init__(self, path, "npz")
         self._source = SourceFile(path, self._count_read)
+        self._streams: dict[str, _Stream] = {}
+        self._archive: zipfile.ZipFile | None = None
         try:
-            self._archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            self._source.close()
-            if self._source.size == 0 or not path.endswith(".npz"):
-                raise NotFoundError(f"{path!r} is no archive of arrays: {error}") from error
-            raise corrupt(path, "manifest", f"is damaged, or no archive: {error}") from error
-        try:
-            self._members = self._find_members()
+            self._archive = self._open_archive()
+            self._members = self._find_members(self._archive)
         except BaseException:
             self.close()
             raise
-        self._whole: dict[str, np.ndarray[Any, Any]] = {}
 
-    def _find_members(self) -> dict[str, _Member]:
+    def _open_archive(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(FileView(self._source))
+        except _BROKEN as error:
+            if not split_path(self.path)[1].endswith(".npz"):
+                raise NotFoundError(f"{self.path!r} is no archive of arrays: {error}") from error
+            raise corrupt(self.path, "manifest", f"is damaged, or no archive: {error}") from error
+
+    def _find_members(self, archive: zipfile.ZipFile) -> dict[str, _Member]:
         members: dict[str, _Member] = {}
-        for info in self._archive.infolist():
-            if info.is_dir():
-                continue
+        for info in archive.infolist():
             if not info.filename.endswith(_SUFFIX):
                 raise NotFoundError(
                     f"{self.path!r} is an archive of other things than arrays: {info.filename!r}"
@@ -125,24 +146,18 @@ class NpzCheckpoint(ForeignCheckpoint):
             name = info.filename.removesuffix(_SUFFIX)
             if name in members:
                 raise corrupt(self.path, "manifest", f"has two arrays {name!r}", name)
-            members[name] = self._member(name, info)
+            members[name] = self._member(archive, name, info)
         return members
 
-    def _member(self, name: str, info: zipfile.ZipInfo) -> _Member:
+    def _member(self, archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> _Member:
+        self._check_sizes(name, info)
         try:
-            with self._archive.open(info) as file:
+            with archive.open(info) as file:
                 header = io.BytesIO(file.read(_HEADER_BYTES_MAX))
-            version = np.lib.format.read_magic(header)
-            read_header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, is_fortran, stored_dtype = read_header(header)
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            if "Bad CRC-32" in str(error):
-                raise corrupt(self.path, "checksum", f"{info.filename}: {error}", name) from error
-            raise corrupt(self.path, "manifest", f"{info.filename} is no array: {error}", name) from error
+            shape, is_fortran, stored_dtype = _read_header(header)
+        except (*_BROKEN, *_UNREADABLE) as error:
+            kind = "checksum" if "Bad CRC-32" in str(error) else "manifest"
+            raise corrupt(self.path, kind, f"{info.filename} is no array: {error}", name) from error
         header_bytes = header.tell()
         nbytes = math.prod(shape) * stored_dtype.itemsize
         if not stored_dtype.hasobject and header_bytes + nbytes != info.file_size:
@@ -153,10 +168,25 @@ class NpzCheckpoint(ForeignCheckpoint):
         offset = None
         if info.compress_type == zipfile.ZIP_STORED:
             offset = self._begin_of(name, info) + header_bytes
-        dtype = None if stored_dtype.hasobject else stored_dtype.newbyteorder("=")
-        stored_as = "objects" if dtype is None else str(stored_dtype)
-        leaf = ForeignLeaf(name, dtype, tuple(map(int, shape)), stored_as)
-        return _Member(info, leaf, header_bytes, offset, stored_dtype, bool(is_fortran))
+        dtype = None if stored_dtype.hasobject else _dtype_of(stored_dtype, info.comment)
+        stored_as = "objects" if dtype is None else str(dtype if dtype.kind == "V" else stored_dtype)
+        leaf = ForeignLeaf(name, dtype, shape, stored_as)
+        return _Member(info, leaf, header_bytes, offset, stored_dtype, is_fortran)
+
+    def _check_sizes(self, name: str, info: zipfile.ZipInfo) -> None:
+        """Refuses an entry that cannot hold what it says it holds."""
+        if info.compress_type not in _COMPRESSIONS:
+            raise corrupt(
+                self.path, "manifest", f"{info.filename} is compressed in a way that NumPy does not use", name
+            )
+        size_max = info.compress_size
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            size_max = size_max * _DEFLATE_RATIO_MAX
+        if info.compress_size > self._source.size or info.file_size > size_max:
+            message = (
+                f"{info.filename} has {info.compress_size} bytes, which cannot become {info.file_size} bytes"
+            )
+            raise corrupt(self.path, "length", message, name)
 
     def _begin_of(self, name: str, info: zipfile.ZipInfo) -> int:
         """Where the bytes of an entry begin."""
@@ -198,38 +228,43 @@ class NpzCheckpoint(ForeignCheckpoint):
             array = self._read_whole(key, member)
             return array if is_whole else np.ascontiguousarray(array[tuple(map(slice, lo, hi))])
         if member.is_fortran:
-            turned = read_box(
-                self._source, member.offset, shape[::-1], member.stored_dtype, lo[::-1], hi[::-1]
-            )
-            return np.ascontiguousarray(turned.T, member.leaf.dtype)
+            shape, lo, hi = shape[::-1], lo[::-1], hi[::-1]
         box = read_box(self._source, member.offset, shape, member.stored_dtype, lo, hi)
-        return np.ascontiguousarray(box, member.leaf.dtype)
+        return _native(box.T if member.is_fortran else box, member)
 
     def stream(self, key: str, lo: int, hi: int) -> Buffer:
         """Bytes of an array; see `ForeignCheckpoint.stream`.
 
-        Those of one that is compressed, or in Fortran order, are in memory whole until the last ones were asked for.
+        Those of one in Fortran order, or in the other byte order, are in memory whole until the last ones were asked
+        for.
 
         Raises:
           CorruptError: The array is damaged.
           UnsupportedLeafError: It has Python objects.
         """
         member = self._readable(key)
-        if member.offset is not None and not member.is_fortran and member.stored_dtype.isnative:
-            if lo == 0:
-                self._verify(key, member)
-            return np.frombuffer(self._source.read(member.offset + lo, hi - lo), np.uint8)
-        if key not in self._whole:
-            self._whole[key] = self._read_whole(key, member).reshape(-1).view(np.uint8)
-        found = self._whole[key][lo:hi]
+        stream = self._streams.get(key)
+        if stream is None or stream.at != lo:
+            stream = self._streams[key] = _Stream(self._bytes_of(key, member))
+            stream.skip(lo)
+        found = stream.take(hi - lo)
         if hi == member.leaf.nbytes:
-            del self._whole[key]
+            stream.finish()
+            del self._streams[key]
         return found
+
+    def _bytes_of(self, key: str, member: _Member) -> Iterator[Buffer]:
+        """The bytes of an array in C order and native byte order, in pieces; the last one only if they are whole."""
+        if not member.is_fortran and member.stored_dtype.isnative:
+            return self._pieces(key, member)
+        return iter([self._read_whole(key, member).reshape(-1).view(np.uint8)])
 
     def close(self) -> None:
         """Closes the file; nothing more can be read."""
+        self._streams.clear()
+        if self._archive is not None:
+            self._archive.close()
         self._source.close()
-        self._archive.close()
 
     def _readable(self, key: str) -> _Member:
         if key not in self._members:
@@ -244,37 +279,111 @@ class NpzCheckpoint(ForeignCheckpoint):
 
     def _read_whole(self, key: str, member: _Member) -> np.ndarray[Any, Any]:
         """An array, verified."""
-        stored = np.empty(math.prod(member.leaf.shape), member.stored_dtype)
-        target = memoryview(stored.reshape(-1).view(np.uint8)) if stored.nbytes else memoryview(bytearray())
+        shape = member.leaf.shape
+        data = allocate_aligned(member.leaf.nbytes)
         filled = 0
         for piece in self._pieces(key, member):
-            target[filled : filled + len(piece)] = piece
+            data[filled : filled + len(piece)] = piece
             filled += len(piece)
-        shape = member.leaf.shape
-        array = stored.reshape(shape[::-1]).T if member.is_fortran else stored.reshape(shape)
-        return np.ascontiguousarray(array, member.leaf.dtype).reshape(shape)
+        array = np.ndarray(shape, member.stored_dtype, data, order="F" if member.is_fortran else "C")
+        return _native(array, member)
 
-    def _verify(self, key: str, member: _Member) -> None:
-        for _ in self._pieces(key, member):
-            pass
-
-    def _pieces(self, key: str, member: _Member) -> Any:
-        """The bytes of the elements, in pieces; the last one only if the checksum is right."""
+    def _pieces(self, key: str, member: _Member) -> Iterator[Buffer]:
+        """The bytes of the elements as they are stored, in pieces; the last one only if the checksum is right."""
+        assert self._archive is not None
+        rest = member.leaf.nbytes
         try:
             with self._archive.open(member.info) as file:
                 file.read(member.header_bytes)
-                while piece := file.read(_PIECE_BYTES):
-                    self._count_read(len(piece))
-                    yield piece
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+                while rest:
+                    piece = file.read(min(_PIECE_BYTES, rest))
+                    if not piece:
+                        raise EOFError(f"{rest} bytes are missing")
+                    rest -= len(piece)
+                    if not rest and file.read(1):
+                        raise EOFError("there are more bytes than there should be")
+                    yield np.frombuffer(piece, np.uint8)
+        except _BROKEN as error:
             raise corrupt(self.path, "checksum", f"{member.info.filename}: {error}", key) from error
+
+
+@final
+class _Stream:
+    """Bytes that come in pieces, taken in order."""
+
+    def __init__(self, pieces: Iterator[Buffer]) -> None:
+        self._pieces = pieces
+        self._rest: Buffer = np.empty(0, np.uint8)
+        self.at = 0
+
+    def take(self, nbytes: int) -> Buffer:
+        """The next bytes, so many."""
+        if nbytes <= len(self._rest):
+            found = self._rest[:nbytes]
+            self._rest = self._rest[nbytes:]
+            self.at += nbytes
+            return found
+        found = np.empty(nbytes, np.uint8)
+        filled = 0
+        while filled < nbytes:
+            if not len(self._rest):
+                self._rest = next(self._pieces)
+            part = self._rest[: nbytes - filled]
+            found[filled : filled + len(part)] = part
+            filled += len(part)
+            self._rest = self._rest[len(part) :]
+        self.at += nbytes
+        return found
+
+    def skip(self, nbytes: int) -> None:
+        """Goes on behind the next bytes, so many."""
+        while self.at < nbytes:
+            self.take(min(nbytes - self.at, _PIECE_BYTES))
+
+    def finish(self) -> None:
+        """Reads on to the end, where the checksum is."""
+        for _ in self._pieces:
+            pass
+
+
+def _read_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and dtype that a ``.npy`` header says."""
+    version = np.lib.format.read_magic(file)
+    is_first = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file)
+    sizes = tuple(map(int, shape))
+    if min(sizes, default=0) < 0 or len(sizes) > RANK_MAX:
+        raise ValueError(f"the shape {sizes} is impossible")
+    return sizes, bool(is_fortran), dtype
+
+
+def _dtype_of(stored: np.dtype[Any], comment: bytes) -> np.dtype[Any]:
+    """The dtype of elements in native byte order: that of `ml_dtypes` which is meant, where they are stored raw."""
+    if stored.kind != "V" or stored.fields is not None or stored.subdtype is not None:
+        return stored.newbyteorder("=")
+    name = comment.decode("ascii", "replace") or ("bfloat16" if stored.itemsize == 2 else "")
+    try:
+        noted = dtype_from(name)
+    except ValueError:
+        return stored
+    return noted if is_jax_dtype(noted) and noted.itemsize == stored.itemsize else stored
+
+
+def _native(array: np.ndarray[Any, Any], member: _Member) -> np.ndarray[Any, Any]:
+    """Elements as they are stored, in C order and their own dtype."""
+    dtype = member.leaf.dtype
+    assert dtype is not None
+    in_order = np.ascontiguousarray(array).reshape(array.shape)
+    is_raw = member.stored_dtype.kind == "V" and member.stored_dtype.fields is None
+    return in_order.view(dtype) if is_raw else in_order.astype(dtype, copy=False)
 
 
 def can_read(path: str | os.PathLike[str]) -> bool:
     """Whether a path means an archive of arrays, as `open` takes it.
 
     Args:
-      path: Any local path.
+      path: Any path or URL.
 
     Returns:
       Whether there is one whose headers are not damaged.
@@ -295,7 +404,7 @@ def open(path: str | os.PathLike[str]) -> NpzCheckpoint:
     """Opens an archive of arrays; reads its directory and the header of each array.
 
     Args:
-      path: The file. Local.
+      path: The file. A path, or the URL of an object store.
 
     Returns:
       The open checkpoint: ``checkpoint.keys()``, ``checkpoint["w"].shape``, ``checkpoint["w"][10:20]``. Closing it, or
@@ -312,8 +421,8 @@ def open(path: str | os.PathLike[str]) -> NpzCheckpoint:
       ...     checkpoint.keys(), checkpoint["w"][1:3]
       (('w',), array([1, 2]))
     """
-    text = os.path.abspath(local_path(os.fspath(path)))
-    if os.path.isdir(text):
+    text = absolute_path(path)
+    if not is_url(text) and list_directory(text) is not None:
         raise NotFoundError(f"{text!r} is a directory, and no archive of arrays")
     return NpzCheckpoint(text)
 
@@ -335,8 +444,8 @@ def read(
 ) -> Any:
     """Restores an archive of arrays as a tree of JAX arrays.
 
-    Without ``like`` the result is ``{name: array}``; with ``like``, or ``rename``, a tree whose keys match the names.
-    Without ``like``, 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is set.
+    Each ``/`` of a name begins another level of the tree. Without ``like`` the result is nested dicts, with integers as
+    keys where names have them, and 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is set.
 
     Args:
       path: As for `open`, or an open checkpoint.
@@ -426,7 +535,11 @@ def write(
       >>> np.load(tmp / "a.npz")["layers/0"]
       array([1., 1., 1.], dtype=float32)
     """
-    target = os.path.abspath(local_path(os.fspath(path)))
+    target = absolute_path(path)
+    if is_url(target):
+        raise ValueError(
+            f"archives are written to local files, and {target!r} is none: write it there, and copy it"
+        )
     arrays = _plan(tree, target)
     meter = ProgressMeter(sum(contents.nbytes for contents in arrays.values()), "write", on_progress)
     try:
@@ -459,17 +572,11 @@ def _plan(tree: Any, path: str) -> dict[str, ArrayContents]:
     for key, leaf in zip(flat.keys, flat.leaves, strict=True):
         name = name_of_key(key)
         try:
-            if not name:
+            if not key:
                 raise RefusedError("has no name: put the leaf into a dict")
             if name in arrays:
                 raise RefusedError(f"has the name {name!r}, and so has another leaf")
-            contents = contents_of(leaf)
-            if isinstance(contents, StringContents):
-                raise RefusedError("is a string or an array of strings, which is not written here")
-            if np.dtype(np.lib.format.dtype_to_descr(contents.dtype)) != contents.dtype:
-                raise RefusedError(
-                    f"has the dtype {contents.dtype}, for which NumPy's files have no name; convert it to another one"
-                )
+            contents = _contents_of(leaf)
             arrays[name] = contents
         except RefusedError as refusal:
             problems.append(Problem(key, "leaf", str(refusal)))
@@ -479,13 +586,36 @@ def _plan(tree: Any, path: str) -> dict[str, ArrayContents]:
     return arrays
 
 
+def _contents_of(leaf: Any) -> ArrayContents:
+    """What is to be written for a leaf.
+
+    Raises:
+      RefusedError: Archives have no place for it.
+    """
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "SU":
+        strings: np.ndarray[Any, Any] = leaf
+        return ArrayContents(strings.shape, strings.dtype, lambda run: strings[tuple(map(slice, *run.box))])
+    contents = contents_of(leaf)
+    if isinstance(contents, StringContents):
+        raise RefusedError("is a string, or holds Python objects: NumPy has arrays of strings for that")
+    if _is_extension(contents.dtype) and not is_jax_dtype(contents.dtype):
+        raise RefusedError(f"has the dtype {contents.dtype}, which NumPy's files do not have")
+    return contents
+
+
+def _is_extension(dtype: np.dtype[Any]) -> bool:
+    """Whether it is of `ml_dtypes`, or of another package that registers types with NumPy."""
+    return dtype.isbuiltin == 2
+
+
 def write_archive(
     target: str, arrays: Mapping[str, ArrayContents], meter: ProgressMeter, kernel: Kernel
 ) -> None:
     """Writes the archive under another name, syncs it, and renames it: that is the commit."""
-    temporary = f"{target}.tmp-{secrets.token_hex(8)}"
+    temporary = temporary_name(target)
     try:
-        with builtins.open(temporary, "xb") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with os.fdopen(kernel.open(temporary, flags, 0o666), "w+b") as file:
             with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
                 for name, contents in arrays.items():
                     _write_array(archive, name, contents, meter)
@@ -505,13 +635,16 @@ def write_archive(
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, contents: ArrayContents, meter: ProgressMeter) -> None:
+    dtype = contents.dtype
     header = {
-        "descr": np.lib.format.dtype_to_descr(contents.dtype),
+        "descr": f"|V{dtype.itemsize}" if _is_extension(dtype) else np.lib.format.dtype_to_descr(dtype),
         "fortran_order": False,
         "shape": contents.shape,
     }
     entry = zipfile.ZipInfo(name + _SUFFIX, _EPOCH)
     entry.external_attr = 0o600 << 16
+    if _is_extension(dtype):
+        entry.comment = dtype.name.encode()
     with archive.open(entry, "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for piece in contents.pieces():

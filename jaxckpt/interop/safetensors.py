@@ -7,6 +7,9 @@ Names are paths with dots between their parts: ``model.layers.0.weight`` is the 
 tree, and the other way round. The format has no checksums: headers are checked before anything is read, down to the
 last byte of each file, but a changed bit in the values of a tensor cannot be told.
 
+Opening takes the time that headers take, however large the files are. ``read(mmap=True)`` maps them; there it says for
+which arrays that holds.
+
 Example:
   >>> from jaxckpt.interop import safetensors
   >>> safetensors.write(tmp / "model.safetensors", {"dense": {"kernel": jnp.arange(6.0).reshape(2, 3)}})
@@ -22,7 +25,6 @@ Source: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -34,9 +36,18 @@ from jaxckpt._config import RestoreOptions
 from jaxckpt._errors import CheckpointError, NotFoundError, Problem, UnsupportedLeafError, printable_key
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, restore_foreign
 from jaxckpt._naming import Rename, Select
-from jaxckpt._storage import local_path
+from jaxckpt._storage import Buffer
 
-from ._files import SourceFile, corrupt, read_box
+from ._files import (
+    SourceFile,
+    absolute_path,
+    corrupt,
+    is_url,
+    join_path,
+    list_directory,
+    read_box,
+    split_path,
+)
 from ._headers import INDEX_NAME, SINGLE_NAME, StoredTensor, read_header, read_index
 from ._tensorfiles import write
 
@@ -51,11 +62,19 @@ class SafetensorsCheckpoint(ForeignCheckpoint):
     they are read.
     """
 
-    separator = "."
+    is_nested = True
 
-    def __init__(self, path: str, files: Sequence[str], weight_map: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        files: Sequence[str],
+        weight_map: Mapping[str, str] | None,
+        separator: str | None,
+    ) -> None:
         ForeignCheckpoint.__init__(self, path, "safetensors" if weight_map is None else "sharded safetensors")
+        self.separator = separator
         self._sources: list[SourceFile] = []
+        self._maps: dict[int, Buffer | None] = {}
         self._tensors: dict[str, StoredTensor] = {}
         self._metadata: dict[str, str] = {}
         try:
@@ -81,7 +100,7 @@ class SafetensorsCheckpoint(ForeignCheckpoint):
         self._sources.append(source)
         tensors, metadata = read_header(source, number)
         for key, tensor in tensors.items():
-            if weight_map is None or weight_map.get(key) == os.path.basename(name):
+            if weight_map is None or weight_map.get(key) == split_path(name)[1]:
                 self._tensors[key] = tensor
         for key, text in metadata.items():
             self._metadata.setdefault(key, text)
@@ -132,24 +151,30 @@ class SafetensorsCheckpoint(ForeignCheckpoint):
             raise ValueError(f"bytes [{lo}, {hi}) of {tensor.leaf.nbytes}")
         return self._sources[tensor.file].read(tensor.offset + lo, hi - lo)
 
-    def view(self, key: str) -> np.ndarray[Any, Any]:
+    def view(self, key: str) -> np.ndarray[Any, Any] | None:
         """A tensor as a NumPy array that shows the file itself: nothing is read before it is looked at.
 
-        It cannot be written to, and outlives `close`. Whoever changes the file changes the array, and who looks at what
-        was cut off since ends the process with SIGBUS.
+        What is written into it is never written to the file. It outlives `close`. Whoever changes the file changes the
+        array, and who looks at what was cut off since ends the process with SIGBUS.
+
+        Returns:
+          The array; None where the file is on an object store.
 
         Raises:
           UnsupportedLeafError: NumPy has no type for its elements.
         """
         tensor, dtype = self._readable(key)
-        if math.prod(tensor.leaf.shape) == 0:
-            return np.empty(tensor.leaf.shape, dtype)
-        path = self._sources[tensor.file].path
-        mapped = np.memmap(path, np.uint8, "r", offset=tensor.offset, shape=(tensor.leaf.nbytes,))
-        return np.ndarray(tensor.leaf.shape, dtype, mapped)
+        with self._lock:
+            if tensor.file not in self._maps:
+                self._maps[tensor.file] = self._sources[tensor.file].map()
+            shown = self._maps[tensor.file]
+        if shown is None:
+            return None
+        return np.ndarray(tensor.leaf.shape, dtype, shown, offset=tensor.offset)
 
     def close(self) -> None:
         """Closes the files; nothing more can be read."""
+        self._maps.clear()
         for source in self._sources:
             source.close()
 
@@ -169,7 +194,7 @@ def can_read(path: str | os.PathLike[str]) -> bool:
     """Whether a path means files of safetensors, as `open` takes it.
 
     Args:
-      path: Any local path.
+      path: Any path or URL.
 
     Returns:
       Whether there are some, with headers that are not damaged.
@@ -186,12 +211,13 @@ def can_read(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def open(path: str | os.PathLike[str]) -> SafetensorsCheckpoint:
+def open(path: str | os.PathLike[str], *, separator: str | None = ".") -> SafetensorsCheckpoint:
     """Opens files of safetensors; reads their headers, and no tensor.
 
     Args:
       path: A file; the index of several, ``model.safetensors.index.json``; a directory that has ``model.safetensors``,
-        or one index, or one file. Local.
+        or one index, or one file. A path, or the URL of an object store.
+      separator: What stands between the parts of a name; None takes each name as one part.
 
     Returns:
       The open checkpoint: ``checkpoint.keys()``, ``checkpoint["w"].shape``, ``checkpoint["w"][10:20]``,
@@ -208,13 +234,17 @@ def open(path: str | os.PathLike[str]) -> SafetensorsCheckpoint:
       ...     checkpoint.keys(), checkpoint["w"][1:3], checkpoint.metadata
       (('w',), array([1, 2]), {'format': 'np'})
     """
-    text = os.path.abspath(local_path(os.fspath(path)))
-    found = _file_in(text) if os.path.isdir(text) else text
-    if not found.endswith(".json"):
-        return SafetensorsCheckpoint(found, [found], None)
+    found = absolute_path(path)
+    directory, name = split_path(found)
+    names = None if is_url(found) and name.endswith((".safetensors", ".json")) else list_directory(found)
+    if names is not None:
+        directory, name = found, _choose_file(found, names)
+        found = join_path(directory, name)
+    if not (name.endswith(".json") and ".safetensors." in name):
+        return SafetensorsCheckpoint(found, [found], None, separator)
     weight_map = read_index(found)
-    files = [os.path.join(os.path.dirname(found), name) for name in dict.fromkeys(weight_map.values())]
-    return SafetensorsCheckpoint(found, files, weight_map)
+    files = [join_path(directory, each) for each in dict.fromkeys(weight_map.values())]
+    return SafetensorsCheckpoint(found, files, weight_map, separator)
 
 
 def read(
@@ -229,14 +259,17 @@ def read(
     unexpected: str = "error",
     cast: bool = False,
     reshape: bool = False,
+    mmap: bool = False,
+    separator: str | None = ".",
     report: bool = False,
     options: RestoreOptions | None = None,
 ) -> Any:
     """Restores files of safetensors as a tree of JAX arrays, straight onto devices.
 
-    Without ``like`` the result is ``{name: array}``; with ``like``, or ``rename``, a tree: its keys are matched with
-    the names, of which each dot begins another level (``model/layers/0/weight`` for ``model.layers.0.weight``), or
-    with the names as they are. Without ``like``, 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is set.
+    Each dot of a name begins another level of the tree: ``model.layers.0.weight`` is the leaf
+    ``model/layers/0/weight``. Without ``like`` the result is nested dicts, with integers as keys where names have them,
+    and 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is set. The keys of ``like`` may also be names as
+    they are, ``{"model.layers.0.weight": ...}``.
 
     Each process reads the parts that its own devices need.
 
@@ -251,6 +284,11 @@ def read(
       unexpected: As for `jaxckpt.restore`.
       cast: As for `jaxckpt.restore`.
       reshape: As for `jaxckpt.restore`.
+      mmap: Whether arrays on CPU may show the files instead of holding a copy. That holds for tensors of local files
+        that begin at a multiple of 64 bytes, as JAX wants it: of files that `write` made all whose sizes are multiples
+        of 64 (and one after them), of files of the package one in eight files'. The others are read. What
+        `jaxckpt.restore` says of ``mmap=`` holds here, too.
+      separator: As for `open`.
       report: As for `jaxckpt.restore`.
       options: As for `jaxckpt.restore`.
 
@@ -270,12 +308,17 @@ def read(
       >>> from jaxckpt.interop import safetensors
       >>> safetensors.write(tmp / "w.safetensors", {"dense": {"kernel": jnp.ones(2)}})
       >>> safetensors.read(tmp / "w.safetensors")
+      {'dense': {'kernel': Array([1., 1.], dtype=float32)}}
+      >>> safetensors.read(tmp / "w.safetensors", separator=None)
       {'dense.kernel': Array([1., 1.], dtype=float32)}
       >>> safetensors.read(tmp / "w.safetensors", rename={"dense": "layer"})
       {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
     with contextlib.ExitStack() as stack:
-        checkpoint = path if isinstance(path, ForeignCheckpoint) else stack.enter_context(open(path))
+        if isinstance(path, ForeignCheckpoint):
+            checkpoint = path
+        else:
+            checkpoint = stack.enter_context(open(path, separator=separator))
         return restore_foreign(
             checkpoint,
             like,
@@ -287,23 +330,22 @@ def read(
             unexpected=unexpected,
             cast=cast,
             reshape=reshape,
+            mmap=mmap,
             report=report,
             options=options,
         )
 
 
-def _file_in(directory: str) -> str:
-    """What a directory means: ``model.safetensors``, an index, or a file."""
-    names = sorted(os.listdir(directory))
+def _choose_file(directory: str, names: Sequence[str]) -> str:
+    """What a directory with these names means: ``model.safetensors``, an index, or a file."""
     single = [name for name in names if name.endswith(".safetensors")]
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    if SINGLE_NAME in single:
-        return os.path.join(directory, SINGLE_NAME)
-    if INDEX_NAME in indexes:
-        return os.path.join(directory, INDEX_NAME)
+    for found, usual in ((single, SINGLE_NAME), (indexes, INDEX_NAME)):
+        if usual in found:
+            return usual
     for found in (indexes, single):
         if len(found) == 1:
-            return os.path.join(directory, found[0])
+            return found[0]
     if not single:
         raise NotFoundError(f"no file of {directory!r} ends in .safetensors")
     raise NotFoundError(
