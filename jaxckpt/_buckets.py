@@ -190,10 +190,30 @@ def _from_environment(member: str) -> str | None:
     return next((os.environ[name] for name in _VARIABLES.get(member, ()) if os.environ.get(name)), None)
 
 
-def _open_root(place: Place, access: Access) -> Any:
-    """TensorStore's view of a bucket."""
+def describe_url(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What TensorStore must be told to open arrays below a URL: a specification, and the resources of a context.
+
+    Raises:
+      CheckpointError: It names no place that can be reached.
+    """
+    place, access = parse_url(url)
+    _bound_stalls()
+    spec = {
+        "driver": _DRIVERS[place.scheme],
+        "path": f"{place.prefix}/" if place.prefix else "",
+        **access.members,
+    }
+    return {**spec, **({"bucket": place.bucket} if place.bucket else {})}, access.context
+
+
+def _bound_stalls() -> None:
     for name, value in _STALLED_S.items():
         os.environ.setdefault(name, value)
+
+
+def _open_root(place: Place, access: Access) -> Any:
+    """TensorStore's view of a bucket."""
+    _bound_stalls()
     variables = tuple(sorted(entry for entry in os.environ.items() if entry[0].startswith("AWS_")))
     description = json.dumps([_DRIVERS[place.scheme], place.bucket, access.members, access.context])
     try:
@@ -211,12 +231,12 @@ def _open_described_root(description: str, variables: tuple[tuple[str, str], ...
     driver, bucket, members, context = json.loads(description)
     spec = {"driver": driver, "path": "", **members, **({"bucket": bucket} if bucket else {})}
     return ts.KvStore.open(
-        spec, context=_memory_context() if driver == "memory" else ts.Context(context)
+        spec, context=memory_context() if driver == "memory" else ts.Context(context)
     ).result()
 
 
 @functools.cache
-def _memory_context() -> Any:
+def memory_context() -> Any:
     """TensorStore keeps ``memory://`` objects in a context; one for the process, so that they outlive a call."""
     import tensorstore as ts
 

@@ -100,9 +100,10 @@ to --output, or printed. For example:
 _CONVERT_HELP = """\
 Writes a checkpoint in another format. That of SRC is found out; that of DST is --to, or what DST ends in: .safetensors,
 .npz, .msgpack (Flax), else jaxckpt. A checkpoint of TensorFlow is named by its prefix, one of its files or its
-directory, and written as a prefix. A SRC with numbered checkpoints means the newest, or --step. The new checkpoint is
-read again, and compared, before the command ends. Memory stays at some dozens of MiB, whatever the size of the
-checkpoint; arrays of npz in Fortran order, and files that are written to object stores, are in memory whole.
+directory, and written as a prefix. A SRC with numbered checkpoints means the newest, or --step; that of a
+CheckpointManager of Orbax's becomes one of jaxckpt's, with all steps. The new checkpoint is read again, and compared,
+before the command ends. Memory stays at some dozens of MiB, whatever the size of the checkpoint; arrays of npz in
+Fortran order, files that are written to object stores, and chunks of Orbax's are in memory whole.
 
 The leaves of a converted checkpoint have the names of the arrays as their keys, so that restore(like=...) finds them;
 the dots of safetensors are slashes. Where a name lies below another, as w/Adam below w, the rest of it is one part with
@@ -111,6 +112,7 @@ an escaped slash: w~1Adam.
   jaxckpt convert model.ckpt-1000 run/imported --select 'model/*' --rename model=params --dtype bfloat16
   jaxckpt convert run/step_100 exported/model.ckpt --to tensorflow --select 'params/*'
   jaxckpt convert run/ model.safetensors --step 100 --select 'params/*' --rename params=model --dtype bfloat16
+  jaxckpt convert orbax_run run
 """
 
 _PRUNE_HELP = """\
@@ -644,6 +646,7 @@ def _convert(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -
         "source_format": done.source_format,
         "destination": done.destination,
         "destination_format": done.destination_format,
+        **({"steps": list(done.steps)} if done.steps else {}),
         "leaves": done.leaves,
         "bytes": done.nbytes,
         "ok": done.ok,

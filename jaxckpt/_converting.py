@@ -14,6 +14,9 @@ dicts (`nest`), and its arrays no shardings, since other formats have none; thos
 with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
 is an error before anything is written. Deliberately not here: devices, and from ours to ours, which is what `restore`
 and `save` are for.
+
+A directory of Orbax's ``CheckpointManager`` becomes one of ours, with the trees, metrics, small items and times of its
+steps. Each step is a checkpoint that is written and verified before the next one is opened.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from ._dtypes import dtype_from
 from ._errors import (
     CheckpointError,
     CorruptError,
+    ExistsError,
     FormatError,
     NotFoundError,
     Problem,
@@ -55,7 +59,8 @@ from ._progress import Progress, ProgressMeter, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._restoring import match_tree
 from ._saving import SaveContext, SaveJob
-from ._storage import Buffer
+from ._steps import StepDirectory
+from ._storage import Buffer, Store
 from ._store import open_store
 
 Path = str | os.PathLike[str]
@@ -64,6 +69,8 @@ OnProgress = Callable[[Progress], None]
 OWN_FORMAT = "jaxckpt"
 FOREIGN_FORMATS = ("tensorflow", "safetensors", "npz", "flax")
 FORMATS = (OWN_FORMAT, *FOREIGN_FORMATS)
+# Read, and not written.
+SOURCE_FORMATS = (*FORMATS, "orbax")
 
 _FORMAT_OF_SUFFIX = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "flax"}
 # Directories of managers and of other libraries have names such as step_00000100 and checkpoint_100.
@@ -86,13 +93,14 @@ class Conversion:
 
     Attributes:
       source: Where the source is.
-      source_format: Its format, one of `FORMATS`.
+      source_format: Its format, one of `SOURCE_FORMATS`.
       destination: Where the destination is.
       destination_format: Its format.
       leaves: Number of arrays and values that were written.
       nbytes: Bytes of the arrays, as they were written.
       problems: What is wrong with the destination, reread; empty when it is whole.
       seconds: Seconds that it took.
+      steps: Numbers of the checkpoints, where the source was a directory of them; ascending.
     """
 
     source: str
@@ -103,6 +111,7 @@ class Conversion:
     nbytes: int
     problems: tuple[Problem, ...]
     seconds: float
+    steps: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -110,9 +119,11 @@ class Conversion:
         return not self.problems
 
     def __str__(self) -> str:
+        steps = f"{format_count(len(self.steps), 'step', 'steps')}, " if self.steps else ""
+        amount = f"{format_count(self.leaves, 'leaf', 'leaves')}, {format_bytes(self.nbytes)}"
         lines = [
             f"{self.source} ({self.source_format}) -> {self.destination} ({self.destination_format})",
-            f"{format_count(self.leaves, 'leaf', 'leaves')}, {format_bytes(self.nbytes)} in {self.seconds:.2f} s",
+            f"{steps}{amount} in {self.seconds:.2f} s",
             "verified" if self.ok else "damaged on its way to storage:",
             *(f"  {problem}" for problem in self.problems),
         ]
@@ -135,7 +146,7 @@ def convert(
 
     Args:
       source: A checkpoint of any format that is known, or the directory of a `CheckpointManager`; how each is named
-        says its module in `jaxckpt.interop`.
+        says its module in `jaxckpt.interop`. Without ``step``, a directory of Orbax's steps becomes one of ours.
       destination: Where to write; for TensorFlow the prefix of the files.
       to: Format of the destination, one of `FORMATS`; None: what the name says that ends in ``.safetensors``, ``.npz``
         or ``.msgpack`` (Flax), else jaxckpt's own.
@@ -160,14 +171,20 @@ def convert(
       WriteError: Storage refused a write.
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
-      in the other byte order are in memory whole, one at a time; of files on object stores, each that is written.
+      in the other byte order are in memory whole, one at a time; of files on object stores, each that is written; of
+      Orbax's, 64 MiB or some chunks.
     """
     began_s = time.perf_counter()
-    wanted_dtype = None if dtype is None else _floating_dtype(dtype)
+    choices = _Choices(
+        select, rename, None if dtype is None else _floating_dtype(dtype), overwrite, on_progress
+    )
     to = to or _format_named(destination)
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, not {to!r}")
     changes = (select, rename, dtype) != (None, None, None)
+    steps = _verbs_of("orbax").steps(source) if step is None else ()
+    if steps:
+        return _convert_steps(source, destination, to, steps, choices, began_s)
     with contextlib.ExitStack() as closing:
         source_format, opened = _open(_step_in(os.fspath(source), step))
         if isinstance(opened, ForeignCheckpoint):
@@ -179,36 +196,123 @@ def convert(
                 f"{opened.path!r} is a {to} checkpoint already; to= (--to) names another format: "
                 + ", ".join(name for name in FORMATS if name != to)
             )
-        digests: dict[str, Callable[[], str]] = {}
-        if isinstance(opened, ForeignCheckpoint):
-            names = select_names(opened, select, rename)
-            leaves: list[Any] = [opened[name] for name in names.values()]
-            forms = _forms(list(names), leaves, to, wanted_dtype)
-            tree = nest_selected(opened, list(names), forms)
-        else:
-            wanted = match_tree(
-                opened, None, select, rename, missing="error", unexpected="error", cast=False, reshape=False
-            )
-            leaves = [opened[opened.keys()[match.leaf]] for match in wanted.matches if match.leaf is not None]
-            tree = wanted.unflatten(_forms(wanted.keys, leaves, to, wanted_dtype))
-        if to == OWN_FORMAT:
-            context = SaveContext(metadata=opened.metadata or None, on_progress=on_progress)
-            options = SaveOptions(host_bytes_max=_HOST_BYTES_MAX)
-            SaveJob(destination, tree, overwrite, context, options, is_blocking=True).run()
-        else:
-            tree, digests = _with_digests(tree)
-            extras = _metadata_for(to, opened.metadata)
-            _verbs_of(to).write(destination, tree, overwrite=overwrite, on_progress=on_progress, **extras)
+        leaves, nbytes, digests = _write(opened, destination, to, choices)
     problems = _verify(destination, to, digests, on_progress)
     return Conversion(
         source=opened.path,
         source_format=source_format,
         destination=os.fspath(destination),
         destination_format=to,
-        leaves=len(leaves),
-        nbytes=sum(_nbytes_as(leaf, wanted_dtype) for leaf in leaves),
+        leaves=leaves,
+        nbytes=nbytes,
         problems=problems,
         seconds=time.perf_counter() - began_s,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Choices:
+    """What the caller of `convert` asked for."""
+
+    select: Select
+    rename: Mapping[str, str] | None
+    dtype: np.dtype[Any] | None
+    overwrite: bool
+    on_progress: OnProgress | None
+
+
+def _write(
+    opened: Checkpoint | ForeignCheckpoint, destination: Path | Store, to: str, choices: _Choices
+) -> tuple[int, int, dict[str, Callable[[], str]]]:
+    """Writes an open checkpoint in another format.
+
+    Returns:
+      The number of its leaves and of their bytes, and where the format has no checksums of its own, the leaves'.
+    """
+    digests: dict[str, Callable[[], str]] = {}
+    if isinstance(opened, ForeignCheckpoint):
+        names = select_names(opened, choices.select, choices.rename)
+        leaves: list[Any] = [opened[name] for name in names.values()]
+        tree = nest_selected(opened, names, _forms(list(names), leaves, to, choices.dtype))
+    else:
+        wanted = match_tree(
+            opened,
+            None,
+            choices.select,
+            choices.rename,
+            missing="error",
+            unexpected="error",
+            cast=False,
+            reshape=False,
+        )
+        leaves = [opened[opened.keys()[match.leaf]] for match in wanted.matches if match.leaf is not None]
+        tree = wanted.unflatten(_forms(wanted.keys, leaves, to, choices.dtype))
+    if to == OWN_FORMAT:
+        assert isinstance(opened, ForeignCheckpoint)
+        options = SaveOptions(host_bytes_max=_HOST_BYTES_MAX)
+        context = _context_of(opened, choices.on_progress)
+        SaveJob(destination, tree, choices.overwrite, context, options, is_blocking=True).run()
+    else:
+        tree, digests = _with_digests(tree)
+        extras = _metadata_for(to, opened.metadata)
+        _verbs_of(to).write(
+            destination, tree, overwrite=choices.overwrite, on_progress=choices.on_progress, **extras
+        )
+    return len(leaves), sum(_nbytes_as(leaf, choices.dtype) for leaf in leaves), digests
+
+
+def _context_of(opened: ForeignCheckpoint, on_progress: OnProgress | None) -> SaveContext:
+    """What is saved beside the tree: all that the source says, as far as it says it."""
+    created_s = opened.created_s
+    return SaveContext(
+        metadata=opened.metadata or None,
+        items=opened.items or None,
+        metrics=opened.metrics,
+        wall_s=time.time if created_s is None else lambda: created_s,
+        on_progress=on_progress,
+    )
+
+
+def _convert_steps(
+    source: Path, destination: Path, to: str, steps: Sequence[int], choices: _Choices, began_s: float
+) -> Conversion:
+    """Turns a directory of Orbax's steps into one of ours."""
+    where = open_store(source).path
+    if to != OWN_FORMAT:
+        raise ValueError(
+            f"{where!r} holds {format_count(len(steps), 'step', 'steps')}, which {to} has no directories of; "
+            "name the directory of one step"
+        )
+    # As `CheckpointManager` names them.
+    directory = StepDirectory(open_store(destination), "step_", 8)
+    there = sorted(set(directory.committed()) & set(steps))
+    if there and not choices.overwrite:
+        raise ExistsError(
+            f"{directory.path!r} has the steps {', '.join(map(str, there[:10]))} already\n"
+            "pass overwrite=True (--overwrite) to replace them"
+        )
+    leaves = nbytes = 0
+    problems: list[Problem] = []
+    for opened in _verbs_of("orbax").open_steps(source):
+        store = directory.usual_store_of(opened.step)
+        leaves_of_step, nbytes_of_step, digests = _write(opened, store, to, choices)
+        leaves += leaves_of_step
+        nbytes += nbytes_of_step
+        problems += [
+            dataclasses.replace(problem, message=f"step {opened.step}: {problem.message}")
+            for problem in _verify(store.path, to, digests, choices.on_progress)
+        ]
+    directory.write_cache()
+    return Conversion(
+        source=where,
+        source_format="orbax",
+        destination=directory.path,
+        destination_format=to,
+        leaves=leaves,
+        nbytes=nbytes,
+        problems=tuple(problems),
+        seconds=time.perf_counter() - began_s,
+        steps=tuple(steps),
     )
 
 
@@ -231,9 +335,10 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
         not_found = error
     damage: CheckpointError | None = None
     reasons: list[str] = []
-    for name in FOREIGN_FORMATS:
+    for name in (*FOREIGN_FORMATS, "orbax"):
+        verbs = _verbs_of(name)
         try:
-            checkpoint: ForeignCheckpoint = _verbs_of(name).open(path)
+            checkpoint: ForeignCheckpoint = getattr(verbs, "open_whole", verbs.open)(path)
             return name, checkpoint
         except NotFoundError as error:
             reasons.append(str(error))
@@ -243,7 +348,10 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
         raise damage
     raise NotFoundError(
         "\n".join(
-            [f"no checkpoint of a known format ({', '.join(FORMATS)}) at {path!r}", *dict.fromkeys(reasons)]
+            [
+                f"no checkpoint of a known format ({', '.join(SOURCE_FORMATS)}) at {path!r}",
+                *dict.fromkeys(reasons),
+            ]
         )
     ) from not_found
 
@@ -334,6 +442,8 @@ def _form_of(leaf: Any, to: str, dtype: np.dtype[Any] | None) -> Any:
     else:
         read, shape, old = leaf.stream, leaf.shape, leaf.dtype
     if dtype is None or not _is_cast(leaf, dtype):
+        if isinstance(leaf, ForeignArray) and leaf.kind in ("numpy", "key"):
+            return StreamedArray(shape, old, read, leaf.kind, leaf.impl)
         return StreamedArray(shape, old, read)
     # Ranges are whole elements: pieces end at whole MiB or with the array, and floating types have 2^n bytes.
     return StreamedArray(shape, dtype, _cast_stream(read, old, dtype))

@@ -41,7 +41,15 @@ from ._dtypes import describe_dtype, is_jax_dtype
 from ._errors import CorruptError, MismatchError, Problem, list_problems, printable_key
 from ._gathering import gather
 from ._indexing import read_indexed
-from ._keys import escape_component, flatten, nested_dicts, unescape_component, with_sortable_keys
+from ._keys import (
+    PRUNED,
+    escape_component,
+    flatten,
+    nested_dicts,
+    rebuild,
+    unescape_component,
+    with_sortable_keys,
+)
 from ._manifest import NO_CHUNKS, LeafSpec, Manifest
 from ._naming import Rename, Select, check_rename, is_key_selected, rename_keys, select_keys
 from ._placement import Target, boxes_of
@@ -78,6 +86,10 @@ class ForeignLeaf:
       shape: Shape.
       stored_as: The format's own name of the dtype, such as ``"DT_FLOAT"``.
       value: A Python or NumPy scalar, where the file has one and no array; it is restored as such.
+      kind: ``"array"``; where the format tells them apart, ``"numpy"``, ``"key"`` (typed PRNG keys; dtype and shape are
+        those of their data) and ``"value"`` (Python's numbers and texts, which `ForeignCheckpoint.values` has).
+      impl: Name of the PRNG implementation, for keys.
+      sharding: How it was sharded, in the words of `describe_sharding`; None where that is not known.
     """
 
     key: str
@@ -85,6 +97,9 @@ class ForeignLeaf:
     shape: tuple[int, ...]
     stored_as: str = ""
     value: Any = None
+    kind: str = "array"
+    impl: str | None = None
+    sharding: dict[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +156,25 @@ class ForeignCheckpoint(abc.ABC):
     def close(self) -> None:
         """Closes the files."""
 
+    def structure(self) -> list[Any] | None:
+        """The nodes of the saved tree, with `leaves` in their order and by their keys; None where the names are all.
+
+        See `jaxckpt._keys` for nodes and keys.
+        """
+        return None
+
+    def values(self) -> Mapping[str, Any]:
+        """The leaves that are Python's or NumPy's scalars, or texts, by name."""
+        return {key: leaf.value for key, leaf in self.leaves().items() if leaf.value is not None}
+
+    def read_boxes(self, key: str, boxes: Sequence[Box]) -> list[np.ndarray[Any, Any]]:
+        """As `read_box`, of several boxes."""
+        return [self.read_box(key, *box) for box in boxes]
+
+    def bound_memory(self, nbytes_max: int) -> None:
+        """Says how much memory may be taken beside what is read, as far as the format allows."""
+        del nbytes_max  # most formats take none
+
     def view(self, key: str) -> np.ndarray[Any, Any] | None:
         """An array that shows the file itself, or None where that cannot be; nothing is read."""
         del key
@@ -153,6 +187,21 @@ class ForeignCheckpoint(abc.ABC):
     @property
     def metadata(self) -> Any:
         """What the file says beside its arrays; None where the format has no such thing."""
+        return None
+
+    @property
+    def items(self) -> dict[str, Any]:
+        """Small values that lie beside the arrays, by name."""
+        return {}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was measured of what was saved, by name."""
+        return {}
+
+    @property
+    def created_s(self) -> float | None:
+        """When it was saved, in seconds since 1970, if it says so."""
         return None
 
     def keys(self) -> tuple[str, ...]:
@@ -266,9 +315,21 @@ class ForeignArray:
         return self._leaf.nbytes
 
     @property
+    def kind(self) -> str:
+        """What it is, see `ForeignLeaf`."""
+        return self._leaf.kind
+
+    @property
+    def impl(self) -> str | None:
+        """Name of the PRNG implementation, for keys."""
+        return self._leaf.impl
+
+    @property
     def value(self) -> Any:
-        """A Python or NumPy scalar, where the file has one and no array; else None."""
-        return self._leaf.value
+        """A Python or NumPy scalar, or a text, where the file has one and no array; else None."""
+        if self._leaf.kind != "value":
+            return self._leaf.value
+        return self._checkpoint.values()[self.key]
 
     def __repr__(self) -> str:
         return f"ForeignArray({self.key!r}, {self.dtype or 'strings'}, {self.shape})"
@@ -390,6 +451,8 @@ def _names_by_leaf(checkpoint: ForeignCheckpoint) -> list[_Names]:
     aliases = checkpoint.aliases()
     separator = checkpoint.separator
     found: list[_Names] = []
+    if checkpoint.structure() is not None:
+        return _without_ambiguity([_Names((name,), tuple(aliases.get(name, ())), name) for name in names])
     for name, tree_key in zip(names, checkpoint.tree_keys(), strict=True):
         also = tuple(key for alias in aliases.get(name, ()) for key in (_file_key(alias, separator), alias))
         found.append(_Names((_file_key(name, separator), tree_key, name), also, tree_key))
@@ -429,9 +492,15 @@ def select_names(checkpoint: ForeignCheckpoint, select: Select, rename: Rename) 
     return {new: names[leaf] for new, leaf in renamed.sources.items() if isinstance(leaf, int)}
 
 
-def nest_selected(checkpoint: ForeignCheckpoint, names: Sequence[str], leaves: Sequence[Any]) -> Any:
-    """A tree of dicts from the names that `select_names` gave."""
-    return _nest_keys(names, leaves) if checkpoint.is_nested else nest(names, leaves)
+def nest_selected(checkpoint: ForeignCheckpoint, names: Mapping[str, str], leaves: Sequence[Any]) -> Any:
+    """A tree from the names that `select_names` gave: the saved one if nothing is renamed, else one of dicts."""
+    nodes = checkpoint.structure()
+    if nodes is None:
+        return _nest_keys(list(names), leaves) if checkpoint.is_nested else nest(list(names), leaves)
+    if any(new != old for new, old in names.items()):
+        return _nest_keys(list(names), leaves)
+    leaf_of_name = dict(zip(names, leaves, strict=True))
+    return rebuild(nodes, [leaf_of_name.get(name, PRUNED) for name in checkpoint])
 
 
 def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename, *, in_tree: bool = False) -> list[str]:
@@ -547,11 +616,11 @@ def restore_foreign(
 ) -> Any:
     """Restores a foreign checkpoint; what a ``read`` of `jaxckpt.interop` does.
 
-    Without ``like`` the result is nested dicts if the names make up a tree, or with ``rename``; else ``{name: array}``
-    by the file's own names.
+    Without ``like`` the result is the saved tree where the file has one, nested dicts if the names make up a tree, or
+    with ``rename``; else ``{name: array}`` by the file's own names.
     With ``like``, its keys are matched with the names of the arrays, or with their aliases.
 
-    Arrays come back as `jax.Array`, uncommitted unless ``mesh``, ``sharding`` or ``like`` say where they shall be.
+    Arrays come back as `jax.Array`, uncommitted unless ``mesh``, ``sharding``, ``like`` or the file say where they are.
     Without ``like``, those of 64-bit types, which JAX has only with ``jax_enable_x64``, come as NumPy arrays otherwise.
     Strings come back as bytes, or as NumPy object arrays of bytes; in ``like``, bytes, str and such arrays stand for
     them.
@@ -559,7 +628,7 @@ def restore_foreign(
     Args:
       checkpoint: An open foreign checkpoint.
       like: As for `jaxckpt.restore`.
-      mesh: As for `jaxckpt.restore`; nothing was saved of shardings, so that all arrays are replicated.
+      mesh: As for `jaxckpt.restore`; where nothing was saved of shardings, all arrays are replicated.
       sharding: As for `jaxckpt.restore`.
       select: As for `jaxckpt.restore`; a pattern that fits no name of `keys` is held against the aliases.
       rename: As for `jaxckpt.restore`; a rule that fits no name of `keys` is held against the aliases.
@@ -640,23 +709,33 @@ class _Source:
         """A box of the leaf with a number."""
         return self.checkpoint.read_box(self.leaves[leaf].key, *box)
 
+    def read_boxes(self, leaf: int, boxes: Sequence[Box]) -> list[np.ndarray[Any, Any]]:
+        """Boxes of the leaf with a number."""
+        return self.checkpoint.read_boxes(self.leaves[leaf].key, boxes)
+
 
 def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: Rename) -> _Source:
     names = _names_by_leaf(checkpoint)
     leaves = list(checkpoint.leaves().values())
+    shardings = {repr(leaf.sharding): leaf.sharding for leaf in leaves if leaf.sharding is not None}
+    number_of_sharding = {text: number for number, text in enumerate(shardings)}
+    values = checkpoint.values()
     manifest = Manifest(
         data="",
         created_s=0.0,
         writer={},
         metadata=None,
-        nodes=[["dict", list(checkpoint.keys())], *[0] * len(leaves)],
+        nodes=checkpoint.structure() or [["dict", list(checkpoint.keys())], *[0] * len(leaves)],
         keys=tuple(_choose_keys(names, like, rename, in_tree=checkpoint.is_nested)),
-        specs=tuple(_spec_of(leaf, has_like=like is not None) for leaf in leaves),
+        specs=tuple(
+            _spec_of(leaf, number_of_sharding.get(repr(leaf.sharding)), has_like=like is not None)
+            for leaf in leaves
+        ),
         spec_index=np.arange(len(leaves)),
         values={
-            number: encode_value(leaf.value) for number, leaf in enumerate(leaves) if leaf.value is not None
+            number: encode_value(values[leaf.key]) for number, leaf in enumerate(leaves) if leaf.key in values
         },
-        shardings=(),
+        shardings=tuple(shardings.values()),
         directories={},
         packs=(),
         chunks=NO_CHUNKS,
@@ -665,15 +744,21 @@ def _describe(checkpoint: ForeignCheckpoint, like: Any, select: Select, rename: 
     return _Source(checkpoint, leaves, manifest, _select_leaves(names, select))
 
 
-def _spec_of(leaf: ForeignLeaf, *, has_like: bool) -> LeafSpec:
-    if leaf.value is not None:
+def _spec_of(leaf: ForeignLeaf, sharding: int | None, *, has_like: bool) -> LeafSpec:
+    if leaf.kind == "value" or leaf.value is not None:
         return LeafSpec("value")
     if leaf.dtype is None:
         return LeafSpec("strings", shape=leaf.shape)
+    dtype = describe_dtype(leaf.dtype)
+    if leaf.kind == "numpy":
+        return LeafSpec("numpy", dtype, leaf.shape)
+    is_placed = sharding is not None
+    if leaf.kind == "key":
+        return LeafSpec("key", dtype, leaf.shape, committed=is_placed, impl=leaf.impl, sharding=sharding)
     # Most files have a step of 64 bits; that JAX cannot have it must not keep anybody from reading the rest.
     is_too_wide = not has_like and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
     kind = "array" if is_jax_dtype(leaf.dtype) and not is_too_wide else "numpy"
-    return LeafSpec(kind, describe_dtype(leaf.dtype), leaf.shape, committed=False)
+    return LeafSpec(kind, dtype, leaf.shape, committed=is_placed, sharding=sharding)
 
 
 def _read_targets(
@@ -691,10 +776,12 @@ def _read_targets(
     problems: list[Problem] = []
     derived = {number: target for number, target in targets.items() if target.derivation is not None}
     whole = {number: target for number, target in targets.items() if target.derivation is None}
+    host_bytes_max = resolve_host_bytes_max(options.host_bytes_max)
+    source.checkpoint.bound_memory(host_bytes_max // 4)
     views = {} if mapped is None else _views_of(source, whole)
     if mapped is not None:
         mapped.update(views)
-    waves = plan_waves(source.manifest, whole, resolve_host_bytes_max(options.host_bytes_max))
+    waves = plan_waves(source.manifest, whole, host_bytes_max)
     with concurrent.futures.ThreadPoolExecutor(options.io_threads, "jaxckpt-read") as executor:
         for wave in waves:
             try:
@@ -779,7 +866,7 @@ def _read_leaf(
         return {box: view[tuple(map(slice, *box))] for box in boxes}
     elements = sum(math.prod(stop - start for start, stop in zip(*box, strict=True)) for box in boxes)
     if elements < math.prod(spec.shape):
-        return {box: source.read_box(number, box) for box in boxes}
+        return dict(zip(boxes, source.read_boxes(number, list(boxes)), strict=True))
     # Many formats have one checksum for an array, so that reading it whole is the only way to verify it.
     array = source.read_box(number, whole)
     return {box: array[tuple(map(slice, *box))] for box in boxes}

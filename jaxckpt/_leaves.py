@@ -68,11 +68,15 @@ class StreamedArray:
       read: Gives bytes ``[lo, hi)`` of the array in C order, little endian, valid until the next call. It is called on
         one thread, with ranges that go forward through the array and cover each byte once. What it raises ends the
         save.
+      kind: ``"array"``, ``"numpy"``, or ``"key"`` for the data of typed PRNG keys; by default what the dtype allows.
+      impl: Name of the PRNG implementation, for keys.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[int, int], Buffer]
+    kind: str = ""
+    impl: str | None = None
 
 
 Data = jax.Array | np.ndarray[Any, Any] | StreamedArray
@@ -296,8 +300,9 @@ def _inspect_numpy(leaf: np.ndarray[Any, Any]) -> _Leaf:
 def _inspect_streamed(leaf: StreamedArray) -> _Leaf:
     # What JAX cannot have here would keep every restore without `like` from the rest.
     is_for_jax = is_jax_dtype(leaf.dtype) and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
-    kind = "array" if is_for_jax else "numpy"
-    spec = LeafSpec(kind=kind, dtype=describe_dtype(leaf.dtype), shape=leaf.shape, committed=kind != "array")
+    kind = leaf.kind or ("array" if is_for_jax else "numpy")
+    dtype = describe_dtype(leaf.dtype)
+    spec = LeafSpec(kind=kind, dtype=dtype, shape=leaf.shape, committed=kind == "numpy", impl=leaf.impl)
     return _Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
 
 

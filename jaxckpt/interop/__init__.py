@@ -1,7 +1,7 @@
 """Checkpoints of other libraries, read and written without those libraries.
 
-A module for each: `flax`, `npz`, `safetensors`, `tensorflow`. It is imported when it is asked for, and has the same
-verbs:
+A module for each: `flax`, `npz`, `orbax` (which is only read), `safetensors`, `tensorflow`. It is imported when it is
+asked for, and has the same verbs:
 
     can_read(path)          whether there is such a checkpoint
     open(path)              what it holds; ``checkpoint[name][10:20]`` reads a part of an array
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_FORMATS = ("flax", "npz", "safetensors", "tensorflow")
+_FORMATS = ("flax", "npz", "orbax", "safetensors", "tensorflow")
 
 
 def __getattr__(name: str) -> Any:
