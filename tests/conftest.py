@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .object_servers import Remote
 
 # Most of the time of many tests would go into machine code that is good, and runs once.
 _FLAGS = (
@@ -39,3 +45,43 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def path(tmp_path: pathlib.Path) -> pathlib.Path:
     """Where a test saves its checkpoint; nothing is there yet."""
     return tmp_path / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def remotes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Remote]]:
+    """The object stores of the session by scheme; all of pytest's workers share the servers, each has its proxies."""
+    from .object_servers import Remote, running_servers
+    from .proxy import Proxy
+
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    with contextlib.ExitStack() as stack:
+        servers = stack.enter_context(running_servers(directory))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        found: dict[str, Remote] = {}
+        for scheme, server in servers.items():
+            found[scheme] = Remote(scheme, server, stack.enter_context(Proxy(server.port)))
+            for name, value in found[scheme].environment.items():
+                patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture
+def s3(remotes: dict[str, Remote]) -> Iterator[Remote]:
+    """An S3 server; nobody has asked it anything yet."""
+    yield from _undisturbed(remotes["s3"])
+
+
+@pytest.fixture(params=["s3", "gs"])
+def remote(request: pytest.FixtureRequest, remotes: dict[str, Remote]) -> Iterator[Remote]:
+    """An S3 server, and a GCS server; nobody has asked it anything yet."""
+    yield from _undisturbed(remotes[request.param])
+
+
+def _undisturbed(remote: Remote) -> Iterator[Remote]:
+    if remote.problem:
+        pytest.skip(remote.problem)
+    remote.proxy.reset()
+    yield remote
+    remote.proxy.reset()
