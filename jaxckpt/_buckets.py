@@ -68,6 +68,11 @@ _VARIABLES = {
     "endpoint": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     "aws_region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
 }
+# Of files with credentials: members of the driver's specification; the variable that names it, and where it is else.
+_CREDENTIALS_FILES = {
+    "credentials_file": ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+    "config_file": ("AWS_CONFIG_FILE", "~/.aws/config"),
+}
 _COMMON = ("max_retries", "initial_delay", "max_delay", "request_concurrency", "timeout_s")
 
 # What absl's status codes, with which TensorStore's messages begin, are to somebody who knows files. Only EIO means
@@ -148,6 +153,10 @@ def parse_url(url: str) -> tuple[Place, Access]:
     if not bucket and scheme != "memory":
         raise CheckpointError(f"{url!r} names no bucket: {scheme}://bucket/prefix")
     place = Place(scheme, bucket, urllib.parse.unquote(prefix.strip("/")), query)
+    odd = [part for part in place.prefix.split("/") if part in ("", ".", "..")]
+    if odd and place.prefix and scheme != "memory":
+        # In the path of a request they name another object, for the client or for some servers.
+        raise CheckpointError(f"{url!r}: a prefix with {odd[0]!r} between slashes cannot be reached")
     given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     return place, _parse_access(url, scheme, given)
 
@@ -176,6 +185,9 @@ def _parse_access(url: str, scheme: str, given: dict[str, str]) -> Access:
         usual = "environment" if os.environ.get("AWS_ACCESS_KEY_ID") else "default"
         profile = given.pop("profile", None)
         credentials = {"type": given.pop("credentials", "profile" if profile else usual)}
+        if credentials["type"] == "profile":
+            # TensorStore does not look for them where the AWS tools do.
+            credentials |= {member: _credentials_file(*entry) for member, entry in _CREDENTIALS_FILES.items()}
         context["aws_credentials"] = credentials | ({"profile": profile} if profile else {})
     if scheme == "gs" and "user_project" in members:
         context["gcs_user_project"] = {"project_id": members.pop("user_project")}
@@ -184,6 +196,10 @@ def _parse_access(url: str, scheme: str, given: dict[str, str]) -> Access:
         unknown = ", ".join(map(repr, given))
         raise CheckpointError(f"{url!r}: {unknown} is no option of {scheme}://, which has {', '.join(names)}")
     return Access(members, context, timeout_s)
+
+
+def _credentials_file(variable: str, usual: str) -> str:
+    return os.environ.get(variable) or os.path.expanduser(usual)
 
 
 def _from_environment(member: str) -> str | None:
