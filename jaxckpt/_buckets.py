@@ -26,6 +26,7 @@ import dataclasses
 import errno
 import functools
 import json
+import math
 import os
 import re
 import urllib.parse
@@ -170,6 +171,8 @@ def _parse_access(url: str, scheme: str, given: dict[str, str]) -> Access:
     context: dict[str, Any] = {"cache_pool": {"total_bytes_limit": 0}}
     try:
         timeout_s = float(given.pop("timeout_s", _TIMEOUT_S))
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be a number of seconds, not {timeout_s}")
         retries = {name: given.pop(name, default) for name, default in _RETRIES.items()}
         retries["max_retries"] = int(retries["max_retries"])
         concurrency = given.pop("request_concurrency", None)

@@ -200,8 +200,8 @@ class Attempt:
         if not may_come and not self.is_committed():
             with contextlib.suppress(OSError):
                 self.store.delete_tree(self.data)
-            if not self.store.exists(MANIFEST_NAME):
-                self.store.remove_if_empty()
+                if not self.store.exists(MANIFEST_NAME):
+                    self.store.remove_if_empty()
         self._end_hold()
 
     def _put(self, name: str, data: bytes) -> None:
