@@ -18,8 +18,8 @@ A request meets the first rule that fits it, and of each rule only so many as ar
     "cut answer"     the connection is closed after the head and half of the body of the answer
     "flip"           one bit in the middle of the answer's body is another one
     "silence"        the server never sees the request; no answer, and the connection stays open
-    "hold before"    the request waits until `Rule.release`, and goes on as if nothing had been
-    "hold after"     the server has done it; its answer waits
+    "hold before"    the request waits until `Rule.release`, and goes on as if nothing had been; or ends here
+    "hold after"     the server has done it; its answer waits, in the same way
 
 Deliberately not here: chunked bodies of requests, which no client in use sends.
 """
@@ -88,6 +88,7 @@ class Rule:
         self._skip = skip
         self._times = times
         self._released = threading.Event()
+        self._drops = False
 
     def takes(self, request: Request) -> bool:
         """Whether it is this request's turn; asked once for each."""
@@ -101,14 +102,15 @@ class Rule:
         self.hits += 1
         return True
 
-    def release(self) -> None:
-        """Lets the requests go that are held, and those to come."""
+    def release(self, *, drops: bool = False) -> None:
+        """Lets the requests go that are held, and those to come, or ends their connections here."""
+        self._drops = drops
         self._released.set()
 
-    def wait_for_release(self) -> None:
-        """Tells that a request is here, and keeps it."""
+    def wait_for_release(self) -> bool:
+        """Tells that a request is here, and keeps it; whether it goes on."""
         self.reached.set()
-        self._released.wait(_HOLD_S)
+        return self._released.wait(_HOLD_S) and not self._drops
 
 
 class Proxy:
@@ -168,7 +170,7 @@ class Proxy:
         with self._lock:
             self._requests.clear()
             for rule in self._rules:
-                rule.release()
+                rule.release(drops=True)
             self._rules.clear()
             for one in self._sockets:
                 with contextlib.suppress(OSError):
@@ -251,7 +253,8 @@ class _Connection:
             raise _EndError
         if fault == "hold before":
             assert rule is not None
-            rule.wait_for_release()
+            if not rule.wait_for_release():
+                raise _EndError
         length = int(request.headers.get("content-length", 0))
         assert "transfer-encoding" not in request.headers, "a request with a chunked body"
         if "expect" in request.headers:
@@ -307,7 +310,8 @@ class _Connection:
             body = self._read_body(headers) if has_body else b""
             if fault == "hold after":
                 assert rule is not None
-                rule.wait_for_release()
+                if not rule.wait_for_release():
+                    raise _EndError
             if fault == "drop after":
                 raise _EndError
             if fault == "flip" and body:
