@@ -309,6 +309,16 @@ class BucketStore(Store):
     def publish(self, name: str, data: bytes) -> None:
         self.put(name, data)
 
+    def publish_next(self, name: str, data: bytes) -> None:
+        key, patience_s = self._prefix + name, self._patience_s(len(data))
+        with self._plain_errors(name):
+            # Only in the place of what is there at this moment: so the store refuses a request that comes too late.
+            before = self._root.read(key, byte_range=slice(0, 0)).result(timeout=self._timeout_s).stamp
+            after = self._root.write(key, data, if_equal=before.generation).result(timeout=patience_s)
+        # A request that was sent again, for want of an answer, may have been refused for its own success.
+        if not after.generation and self._value(name, None) != data:
+            raise OSError(errno.EBUSY, "somebody else has committed here meanwhile", self._name_of(name))
+
     def has_length(self, name: str, length: int) -> bool:
         if length == 0:
             return self._value(name, slice(0, 1)) is None

@@ -117,7 +117,7 @@ class Attempt:
         with _commit_lock:
             self._replaced = self._look_for_replaced()
             self._is_publishing = True
-            self.store.publish(MANIFEST_NAME, data)
+            self.store.publish_next(MANIFEST_NAME, data)
         self._end_hold()
         if not keeps_replaced:
             self.forget_replaced()
@@ -150,7 +150,7 @@ class Attempt:
         if manifest_bytes is None:
             retract(self.store)
         else:
-            self.store.publish(MANIFEST_NAME, manifest_bytes)
+            self.store.publish_next(MANIFEST_NAME, manifest_bytes)
 
     def _end_hold(self) -> None:
         if self._hold is not None:

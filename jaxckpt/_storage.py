@@ -138,6 +138,10 @@ class Store(abc.ABC):
     def publish(self, name: str, data: bytes) -> None:
         """Replaces an object atomically and durably."""
 
+    def publish_next(self, name: str, data: bytes) -> None:
+        """As `publish`, and where that may be carried out late, it does not replace what is published after this."""
+        self.publish(name, data)
+
     @abc.abstractmethod
     def has_length(self, name: str, length: int) -> bool:
         """Whether an object has exactly so many bytes; FileNotFoundError when it is missing."""

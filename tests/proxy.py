@@ -58,6 +58,7 @@ class Request:
       body_bytes: Of the request.
       answer_bytes: Of the answer's body, as far as it went to the client.
       fault: What a rule did to it.
+      answered: Set when the client got an answer, or will get none.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Request:
     body_bytes: int = 0
     answer_bytes: int = 0
     fault: str = ""
+    answered: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 class Rule:
@@ -208,7 +210,10 @@ class Proxy:
                 while (head := connection.read_head()) is not None:
                     request = _request_of(head)
                     fault, rule = self._note(request)
-                    connection.serve(head, request, fault, rule)
+                    try:
+                        connection.serve(head, request, fault, rule)
+                    finally:
+                        request.answered.set()
         finally:
             with self._lock:
                 self._sockets.discard(client)

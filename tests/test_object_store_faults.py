@@ -520,3 +520,60 @@ def test_what_a_killed_process_had_sent_may_arrive_late(s3: Remote, prefix: str)
     with manager_of(url, max_to_keep=None) as manager:
         save(manager, 21).wait()
     assert_steps(url, {1: 10, 2: 21, 3: 30})
+
+
+@pytest.mark.parametrize("is_overwrite", [False, True])
+def test_a_commit_that_arrives_late_does_not_replace_a_younger_one(
+    s3: Remote, prefix: str, is_overwrite: bool
+) -> None:
+    """The process is killed, the next one saves the same step, and only then the manifest of the dead one arrives."""
+    url = s3.url(f"{prefix}/run", **SOME_RETRIES)
+    with manager_of(url) as manager:
+        for number in (10, 20) if is_overwrite else (10,):
+            save(manager, number).wait()
+    rule = s3.proxy.inject("hold before", "put", "manifest")
+    assert kill_at(s3, rule, url, 21)
+    with manager_of(url) as manager:
+        save(manager, 22).wait()
+    assert_steps(url, {1: 10, 2: 22})
+    held = next(request for request in s3.proxy.requests if request.fault)
+    rule.release()
+    assert held.answered.wait(20)
+    assert held.status == 412
+    assert_steps(url, {1: 10, 2: 22})
+
+
+def test_a_commit_without_an_answer_does_not_replace_the_next_one(s3: Remote, prefix: str) -> None:
+    url = s3.url(f"{prefix}/run", max_retries=0, timeout_s=0.5)
+    with manager_of(url) as manager:
+        save(manager, 10).wait()
+        rule = s3.proxy.inject("hold before", "put", r"step_00000002/manifest\.msgpack")
+        with pytest.raises(jaxckpt.WriteError, match="manifest"):
+            save(manager, 20).wait()
+        save(manager, 21).wait()
+    held = next(request for request in s3.proxy.requests if request.fault)
+    rule.release()
+    assert held.answered.wait(20)
+    assert_steps(url, {1: 10, 2: 21})
+
+
+@pytest.mark.parametrize("is_overwrite", [False, True])
+def test_of_two_processes_that_commit_at_once_one_learns_that_it_did_not(
+    s3: Remote, prefix: str, is_overwrite: bool
+) -> None:
+    url = s3.url(f"{prefix}/run", **SOME_RETRIES)
+    with manager_of(url) as manager:
+        for number in (10, 20) if is_overwrite else (10,):
+            save(manager, number).wait()
+        s3.proxy.reset()
+        rule = s3.proxy.inject("hold before", "put", "manifest")
+        # Of the one that succeeds the first answer is lost; it is not to take itself for the other one.
+        s3.proxy.inject("drop after", "put", "manifest")
+        with start_program(PROGRAM, json.dumps(s3.environment), url, 21, "save", devices=1) as program:
+            assert rule.reached.wait(60)
+            save(manager, 22).wait()
+            rule.release()
+            done = program.wait(60)
+        assert done.returncode == 1
+        assert "meanwhile" in done.stderr
+    assert_steps(url, {1: 10, 2: 22})
