@@ -25,11 +25,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jaxckpt
 from jaxckpt import CheckpointManager, SaveOptions
 from jaxckpt._cli import main
-from jaxckpt._layout import OBJECT_BYTES_MAX, cut_shard
+from jaxckpt._layout import OBJECT_BYTES_MAX, LeafExtent, cut_shard, plan_writes
 
 from .helpers import assert_same_tree, make_mesh
 from .object_servers import CREDENTIALS, Remote
-from .processes import Outcome, Worker, run_processes
+from .processes import Outcome, Worker, run_processes, start_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.object_stores]
 
@@ -521,6 +521,37 @@ def test_many_steps_are_listed_and_saved_with_as_few_requests_as_one(place: Plac
     assert sum(saving[-1].values()) <= 25, saving[-1]
 
 
+def test_the_root_of_a_bucket_is_a_directory_too(remote: Remote) -> None:
+    mark = f"root{secrets.token_hex(4)}_"
+    url = remote.url("")
+    with CheckpointManager(url, prefix=mark, max_to_keep=2, options=SMALL) as manager:
+        for step in range(3):
+            manager.save(step, tree_of(step))
+    manager = CheckpointManager(url, prefix=mark)
+    assert manager.steps() == [1, 2]
+    assert_same_tree(manager.restore(2), tree_of(2))
+    assert jaxckpt.verify(manager.path_of(1)).ok
+    manager.delete(1)
+    manager.delete(2)
+    assert remote.objects(mark) == {}
+    assert CheckpointManager(remote.url(""), prefix=mark).steps() == []
+
+
+def test_a_listing_of_several_answers_is_read_to_its_end(place: Place) -> None:
+    tree = {f"leaf{number:03}": np.full(2, number, np.int16) for number in range(510)}
+    options = SaveOptions(pack_bytes_max=0, io_threads=16)
+    with CheckpointManager(place.url(), options=options) as manager:
+        manager.save(1, tree)
+        manager.save(2, {"w": np.ones(3)})
+    assert place.remote is not None
+    assert len(place.remote._names(f"{place.prefix}/run/")) > 1020
+    manager = CheckpointManager(place.url())
+    assert manager.steps() == [1, 2]
+    manager.delete(1)
+    assert CheckpointManager(place.url()).steps() == [2]
+    assert not [name for name in place.objects() if name.startswith("step_00000001/")]
+
+
 # --- commands -------------------------------------------------------------------------------------------------
 
 
@@ -613,6 +644,17 @@ def test_no_chunk_is_larger_than_an_object_may_be(shape: tuple[int, ...], chunk_
         chunk = cut_shard(shape, itemsize, chunk_bytes_max)
         assert int(np.prod(chunk, dtype=object)) * itemsize <= OBJECT_BYTES_MAX < 4 << 30
         assert all(size % part == 0 for size, part in zip(shape, chunk, strict=True))
+
+
+def test_no_option_makes_an_object_larger_than_it_may_be() -> None:
+    shapes = [((5, 3 << 30), 4), ((1 << 20,), 4), ((3 << 33,), 1), *[((1 << 19,), 8)] * 100]
+    leaves = [LeafExtent(shape, itemsize, shape, (((0,) * len(shape), 0),)) for shape, itemsize in shapes]
+    for chunk_bytes_max in (1 << 20, 1 << 50):
+        plan = plan_writes(
+            leaves, chunk_bytes_max=chunk_bytes_max, pack_bytes_max=1 << 50, piece_bytes=8 * MIB
+        )
+        assert max(planned.length for planned in plan.objects) <= OBJECT_BYTES_MAX
+        assert sum(planned.length for planned in plan.objects) >= 80 << 30
 
 
 # --- damage ---------------------------------------------------------------------------------------------------
@@ -719,6 +761,54 @@ def run_manager(worker: Worker, environment: dict[str, str], url: str, last: int
         manager.wait()
         assert_is_step(manager.restore(last, mesh=global_mesh()), last)
         return manager.steps()
+
+
+def save_where_one_is_refused(worker: Worker, environment: dict[str, str], url: str) -> str:
+    os.environ.update(environment)
+    options = SaveOptions(pack_bytes_max=0, timeout_s=30)
+    with CheckpointManager(url, options=options) as manager:
+        manager.save(1, group_tree(1))
+        manager.wait()
+        worker.meet()
+        if worker.index == 0:
+            worker.send("saved")
+            worker.receive()
+        worker.meet()
+        pending = manager.save(2, group_tree(2))
+        assert pending is not None
+        try:
+            pending.wait()
+        except jaxckpt.CheckpointError as error:
+            message = str(error)
+        worker.meet()
+        if worker.index == 0:
+            worker.send("failed")
+            worker.receive()
+        worker.meet()
+        manager.save(3, group_tree(3))
+    assert manager.steps() == [1, 3]
+    return message
+
+
+def test_what_the_store_refuses_one_process_fails_in_all_and_the_next_step_is_saved(s3_place: Place) -> None:
+    assert s3_place.remote is not None
+    proxy = s3_place.remote.proxy
+    arguments = (s3_place.remote.environment, s3_place.url())
+    with start_processes(save_where_one_is_refused, 2, arguments=arguments) as group:
+        assert group.receive(0) == "saved"
+        # Of the rows each process writes its own.
+        rule = proxy.inject("503", "put", r"rows/c\.1", times=None)
+        group.send(0, "go on")
+        assert group.receive(0) == "failed"
+        assert rule.hits >= 5
+        proxy.reset()
+        group.send(0, "go on")
+        messages = returned(group.wait(60))
+    assert all("rows/c.1" in message for message in messages), messages
+    manager = CheckpointManager(s3_place.url())
+    assert manager.steps() == [1, 3]
+    assert jaxckpt.verify(manager.path_of(3)).ok
+    assert not [name for name in s3_place.objects() if name.startswith("step_00000002/")]
 
 
 def test_managers_of_several_processes_share_a_bucket(place: Place) -> None:
