@@ -110,7 +110,7 @@ class Remote:
 
     def objects(self, prefix: str) -> dict[str, int]:
         """Lengths of the objects whose names begin so, by the rest of their names."""
-        names = [name.removeprefix(prefix) for name in self._names(prefix)]
+        names = [name.removeprefix(prefix) for name in self.names(prefix)]
         return {name: len(self.read(prefix + name)) for name in names}
 
     def read(self, name: str) -> bytes:
@@ -133,7 +133,8 @@ class Remote:
         else:
             self._bucket().write(name, None).result()
 
-    def _names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str) -> list[str]:
+        """Names of all objects that begin so, in order."""
         if self.scheme == "s3":
             import tensorstore as ts
 

@@ -544,12 +544,12 @@ def test_a_listing_of_several_answers_is_read_to_its_end(place: Place) -> None:
         manager.save(1, tree)
         manager.save(2, {"w": np.ones(3)})
     assert place.remote is not None
-    assert len(place.remote._names(f"{place.prefix}/run/")) > 1020
+    assert len(place.remote.names(f"{place.prefix}/run/")) > 1020
     manager = CheckpointManager(place.url())
     assert manager.steps() == [1, 2]
     manager.delete(1)
     assert CheckpointManager(place.url()).steps() == [2]
-    assert not [name for name in place.objects() if name.startswith("step_00000001/")]
+    assert place.remote.names(f"{place.prefix}/run/step_00000001/") == []
 
 
 # --- commands -------------------------------------------------------------------------------------------------
