@@ -155,17 +155,17 @@ def test_a_save_that_meets_a_fault_is_whole_or_not_there(remote: Remote, prefix:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_overwrite_that_meets_a_fault_leaves_the_old_or_the_new(
-    remote: Remote, prefix: str, fault: str
+    s3: Remote, prefix: str, fault: str
 ) -> None:
-    url = remote.url(f"{prefix}/run", **NO_RETRIES)
+    url = s3.url(f"{prefix}/run", **NO_RETRIES)
     old = 0
     jaxckpt.save(url, tree_of(old), options=SMALL)
-    with each_request(remote, fault) as rules:
+    with each_request(s3, fault) as rules:
         for number, _ in enumerate(rules, start=1):
             failure = failure_of(
                 lambda number=number: jaxckpt.save(url, tree_of(number), overwrite=True, options=SMALL)
             )
-            found = undisturbed(remote, lambda: jaxckpt.restore(url))
+            found = undisturbed(s3, lambda: jaxckpt.restore(url))
             assert found["number"] in ((number,) if failure is None else (old, number))
             old = found["number"]
             assert_same_tree(found, tree_of(old))
@@ -183,17 +183,17 @@ def undisturbed(remote: Remote, work: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("fault", ["503", "cut request", "drop after", "cut answer"])
-def test_a_retry_makes_up_for_a_fault(remote: Remote, prefix: str, fault: str) -> None:
-    url = remote.url(f"{prefix}/run", **SOME_RETRIES)
-    with each_request(remote, fault) as rules:
+def test_a_retry_makes_up_for_a_fault(s3: Remote, prefix: str, fault: str) -> None:
+    url = s3.url(f"{prefix}/run", **SOME_RETRIES)
+    with each_request(s3, fault) as rules:
         for number, _ in enumerate(rules):
             jaxckpt.save(url, tree_of(number), overwrite=True, options=SMALL)
-            assert_same_tree(undisturbed(remote, lambda: jaxckpt.restore(url)), tree_of(number))
-    with each_request(remote, fault) as rules:
+            assert_same_tree(undisturbed(s3, lambda: jaxckpt.restore(url)), tree_of(number))
+    with each_request(s3, fault) as rules:
         for _ in rules:
             assert_same_tree(jaxckpt.restore(url), tree_of(number))
     # Whatever was written twice was written in one place.
-    data = {name[:21] for name in remote.objects(f"{prefix}/run/") if name.startswith("data-")}
+    data = {name[:21] for name in s3.objects(f"{prefix}/run/") if name.startswith("data-")}
     assert len(data) == 1
 
 
@@ -244,15 +244,15 @@ def test_a_fault_of_the_network_never_makes_a_manager_take_an_older_step(
 
 
 @pytest.mark.parametrize(("fault", "first"), [("503", 0), ("drop before", 1), ("drop after", 2)])
-def test_a_manager_that_meets_a_fault_goes_on(remote: Remote, prefix: str, fault: str, first: int) -> None:
-    url = remote.url(f"{prefix}/run", **NO_RETRIES)
+def test_a_manager_that_meets_a_fault_goes_on(s3: Remote, prefix: str, fault: str, first: int) -> None:
+    url = s3.url(f"{prefix}/run", **NO_RETRIES)
     numbers: dict[int, int] = {}
     with manager_of(url) as manager:
         save(manager, 10).wait()
         manager.wait()
     numbers = {1: 10}
     # Some fifty requests, each of which meets one of the three faults.
-    with each_request(remote, fault, first, stride=3) as rules:
+    with each_request(s3, fault, first, stride=3) as rules:
         for count, _ in enumerate(rules):
             step = 2 + 2 * count
             manager = manager_of(url)
@@ -261,14 +261,14 @@ def test_a_manager_that_meets_a_fault_goes_on(remote: Remote, prefix: str, fault
                 numbers[step] = 10 * step
             with contextlib.suppress(jaxckpt.CheckpointError):
                 manager.wait()
-            there = undisturbed(remote, lambda: CheckpointManager(url).steps())
+            there = undisturbed(s3, lambda: CheckpointManager(url).steps())
             assert set(numbers) - set(there) <= set(sorted(numbers)[:-2])
             assert set(there) <= {*numbers, step}
             # The next save of this manager makes up for all.
-            undisturbed(remote, lambda manager=manager, step=step: save(manager, 10 * step + 10).wait())
-            undisturbed(remote, manager.close)
+            undisturbed(s3, lambda manager=manager, step=step: save(manager, 10 * step + 10).wait())
+            undisturbed(s3, manager.close)
             numbers[step + 1] = 10 * step + 10
-            kept = undisturbed(remote, lambda: CheckpointManager(url).steps())
+            kept = undisturbed(s3, lambda: CheckpointManager(url).steps())
             assert kept[-1] == step + 1
             assert set(kept) <= {*numbers, step}
             numbers = {step: 10 * step for step in kept}
@@ -277,7 +277,7 @@ def test_a_manager_that_meets_a_fault_goes_on(remote: Remote, prefix: str, fault
     with manager_of(url) as manager:
         save(manager, 10 * kept[-1] + 10).wait()
         manager.wait()
-    assert litter(remote, f"{prefix}/run/", manager.steps()) == []
+    assert litter(s3, f"{prefix}/run/", manager.steps()) == []
 
 
 # --- failure for good -----------------------------------------------------------------------------------------

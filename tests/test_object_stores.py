@@ -537,19 +537,19 @@ def test_the_root_of_a_bucket_is_a_directory_too(remote: Remote) -> None:
     assert CheckpointManager(remote.url(""), prefix=mark).steps() == []
 
 
-def test_a_listing_of_several_answers_is_read_to_its_end(place: Place) -> None:
+def test_a_listing_of_several_answers_is_read_to_its_end(s3_place: Place) -> None:
     tree = {f"leaf{number:03}": np.full(2, number, np.int16) for number in range(510)}
     options = SaveOptions(pack_bytes_max=0, io_threads=16)
-    with CheckpointManager(place.url(), options=options) as manager:
+    with CheckpointManager(s3_place.url(), options=options) as manager:
         manager.save(1, tree)
         manager.save(2, {"w": np.ones(3)})
-    assert place.remote is not None
-    assert len(place.remote.names(f"{place.prefix}/run/")) > 1020
-    manager = CheckpointManager(place.url())
+    assert s3_place.remote is not None
+    assert len(s3_place.remote.names(f"{s3_place.prefix}/run/")) > 1020
+    manager = CheckpointManager(s3_place.url())
     assert manager.steps() == [1, 2]
     manager.delete(1)
-    assert CheckpointManager(place.url()).steps() == [2]
-    assert place.remote.names(f"{place.prefix}/run/step_00000001/") == []
+    assert CheckpointManager(s3_place.url()).steps() == [2]
+    assert s3_place.remote.names(f"{s3_place.prefix}/run/step_00000001/") == []
 
 
 # --- commands -------------------------------------------------------------------------------------------------
