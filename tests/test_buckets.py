@@ -50,7 +50,9 @@ def no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_url_says_where_and_how(no_aws: None) -> None:
+def test_a_url_says_where_and_how(no_aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/secrets")
+    monkeypatch.setenv("HOME", "/home/me")
     place, access = parse_url(
         "s3://bucket/a/run?endpoint=http://127.0.0.1:9000&aws_region=eu-west-1&requester_pays=true&max_retries=2"
         "&initial_delay=1ms&max_delay=3ms&request_concurrency=7&timeout_s=9&profile=me"
@@ -66,7 +68,12 @@ def test_a_url_says_where_and_how(no_aws: None) -> None:
         "cache_pool": {"total_bytes_limit": 0},
         "s3_request_retries": {"max_retries": 2, "initial_delay": "1ms", "max_delay": "3ms"},
         "s3_request_concurrency": {"limit": 7},
-        "aws_credentials": {"type": "profile", "profile": "me"},
+        "aws_credentials": {
+            "type": "profile",
+            "profile": "me",
+            "credentials_file": "/secrets",
+            "config_file": "/home/me/.aws/config",
+        },
     }
 
 

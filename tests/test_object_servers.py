@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing.connection
 import os
 import pathlib
+import secrets
 import subprocess
 import sys
 import threading
@@ -19,13 +20,16 @@ from .proxy import FAULTS, Proxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.object_stores]
 
-# Of this process alone, for others use the same servers.
-PREFIX = f"plain-{os.getpid()}/"
 NAME = "sub/big %?#+~é"
 DATA = bytes(range(256)) * 5000
 
 
-def open_bucket(remote: Remote, retries: int = 4) -> Any:
+@pytest.fixture
+def prefix() -> str:
+    return f"plain-{secrets.token_hex(6)}/"
+
+
+def open_bucket(remote: Remote, prefix: str, retries: int = 4) -> Any:
     import tensorstore as ts
 
     retry = {"max_retries": retries, "initial_delay": "5ms", "max_delay": "5ms"}
@@ -36,7 +40,7 @@ def open_bucket(remote: Remote, retries: int = 4) -> Any:
             "gcs_request_retries": retry,
         }
     )
-    spec: dict[str, Any] = {"driver": "gcs", "bucket": BUCKET, "path": PREFIX}
+    spec: dict[str, Any] = {"driver": "gcs", "bucket": BUCKET, "path": prefix}
     if remote.scheme == "s3":
         endpoint = f"http://127.0.0.1:{remote.proxy.port}"
         spec |= {"driver": "s3", "endpoint": endpoint, "aws_region": "us-east-1"}
@@ -47,36 +51,36 @@ def kinds(remote: Remote) -> list[tuple[str, str, int]]:
     return [(request.kind, request.name, request.status) for request in remote.proxy.requests]
 
 
-def test_requests_are_noted_by_kind_and_name(remote: Remote) -> None:
-    bucket = open_bucket(remote)
+def test_requests_are_noted_by_kind_and_name(remote: Remote, prefix: str) -> None:
+    bucket = open_bucket(remote, prefix)
     bucket.write(NAME, DATA).result()
     assert bucket.read(NAME, byte_range=slice(1000, 3000)).result().value == DATA[1000:3000]
     assert bucket.read("nothing").result().state == "missing"
     assert [key.decode() for key in bucket.list().result()] == [NAME]
     assert bucket.read(NAME, byte_range=slice(0, 0)).result().value == b""
-    assert remote.objects(PREFIX) == {NAME: len(DATA)}
-    assert remote.read(f"{PREFIX}{NAME}") == DATA
+    assert remote.objects(prefix) == {NAME: len(DATA)}
+    assert remote.read(f"{prefix}{NAME}") == DATA
     bucket.write(NAME, None).result()
     assert kinds(remote) == [
-        ("put", f"{PREFIX}{NAME}", 200),
-        ("get", f"{PREFIX}{NAME}", 206),
-        ("get", f"{PREFIX}nothing", 404),
-        ("list", PREFIX, 200),
-        ("head", f"{PREFIX}{NAME}", 200),
-        ("delete", f"{PREFIX}{NAME}", 204 if remote.scheme == "s3" else 200),
+        ("put", f"{prefix}{NAME}", 200),
+        ("get", f"{prefix}{NAME}", 206),
+        ("get", f"{prefix}nothing", 404),
+        ("list", prefix, 200),
+        ("head", f"{prefix}{NAME}", 200),
+        ("delete", f"{prefix}{NAME}", 204 if remote.scheme == "s3" else 200),
     ]
     put, get = remote.proxy.requests[:2]
     assert (put.body_bytes, get.answer_bytes) == (len(DATA), 2000)
-    assert remote.objects(PREFIX) == {}
-    remote.write(f"{PREFIX}a", b"1")
+    assert remote.objects(prefix) == {}
+    remote.write(f"{prefix}a", b"1")
     assert bucket.read("a").result().value == b"1"
-    remote.delete(f"{PREFIX}a")
+    remote.delete(f"{prefix}a")
     assert bucket.read("a").result().state == "missing"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_meets_one_request_and_a_retry_goes_well(remote: Remote, fault: str) -> None:
-    bucket = open_bucket(remote)
+def test_a_fault_meets_one_request_and_a_retry_goes_well(remote: Remote, prefix: str, fault: str) -> None:
+    bucket = open_bucket(remote, prefix)
     for kind, ask in (
         ("put", lambda: bucket.write("a", DATA).result()),
         ("get", lambda: bucket.read("a").result().value),
@@ -91,11 +95,13 @@ def test_a_fault_meets_one_request_and_a_retry_goes_well(remote: Remote, fault: 
             1 if (remote.scheme, kind, fault) == ("s3", "put", "cut answer") else 2
         )
         remote.proxy.reset()
-    remote.delete(f"{PREFIX}a")
+    remote.delete(f"{prefix}a")
 
 
-def test_a_fault_without_retries_is_an_error_and_the_server_has_what_the_fault_says(remote: Remote) -> None:
-    bucket = open_bucket(remote, retries=0)
+def test_a_fault_without_retries_is_an_error_and_the_server_has_what_the_fault_says(
+    remote: Remote, prefix: str
+) -> None:
+    bucket = open_bucket(remote, prefix, retries=0)
     bucket.write(
         "warm", b""
     ).result()  # a connection that was used before is tried again by the client itself
@@ -109,24 +115,24 @@ def test_a_fault_without_retries_is_an_error_and_the_server_has_what_the_fault_s
             has_error = True
         assert has_error == ((remote.scheme, fault) != ("s3", "cut answer"))
         is_done = fault in ("drop after", "cut answer")
-        assert remote.objects(f"{PREFIX}{name}") == ({"": len(DATA)} if is_done else {})
+        assert remote.objects(f"{prefix}{name}") == ({"": len(DATA)} if is_done else {})
 
 
-def test_a_request_is_held_until_the_test_lets_it_go(remote: Remote) -> None:
-    bucket = open_bucket(remote)
+def test_a_request_is_held_until_the_test_lets_it_go(remote: Remote, prefix: str) -> None:
+    bucket = open_bucket(remote, prefix)
     for when, is_done in (("hold before", False), ("hold after", True)):
         rule = remote.proxy.inject(when, "put")
         future = bucket.write(when, b"1")
         assert rule.reached.wait(20)
-        assert remote.objects(f"{PREFIX}{when}") == ({"": 1} if is_done else {})
+        assert remote.objects(f"{prefix}{when}") == ({"": 1} if is_done else {})
         assert not future.done()
         rule.release()
         future.result()
-        assert remote.objects(f"{PREFIX}{when}") == {"": 1}
+        assert remote.objects(f"{prefix}{when}") == {"": 1}
 
 
-def test_silence_ends_with_the_test(remote: Remote) -> None:
-    bucket = open_bucket(remote, retries=0)
+def test_silence_ends_with_the_test(remote: Remote, prefix: str) -> None:
+    bucket = open_bucket(remote, prefix, retries=0)
     rule = remote.proxy.inject("silence", "put", times=None)
     future = bucket.write("a", b"1")
     assert rule.reached.wait(20)
@@ -138,7 +144,7 @@ def test_silence_ends_with_the_test(remote: Remote) -> None:
 def test_no_thread_of_a_proxy_is_left(s3: Remote) -> None:
     before = threading.active_count()
     with Proxy(s3._server.port) as proxy:
-        bucket = open_bucket(Remote("s3", s3._server, proxy))
+        bucket = open_bucket(Remote("s3", s3._server, proxy), "plain/")
         bucket.read("a").result()
         assert threading.active_count() > before
     assert threading.active_count() <= before
