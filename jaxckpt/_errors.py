@@ -25,6 +25,9 @@ from collections.abc import Sequence
 
 _PROBLEMS_SHOWN_MAX = 10
 
+# Kind of a problem with the process, the machine or the way to storage, which says nothing of what is stored.
+UNREADABLE = "unreadable"
+
 
 def printable(text: str) -> str:
     """Text in one line, with whatever could disturb a terminal written as an escape sequence of Python's."""

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from ._config import BLOCK_BYTES
-from ._errors import CorruptError, Problem, list_problems
+from ._errors import UNREADABLE, CheckpointError, CorruptError, Problem, list_problems
 from ._layout import flat_boxes, intersect
 from ._manifest import Manifest, StoredObject
 from ._parts import box_of_chunk
@@ -133,13 +133,23 @@ class ReadExecutor:
         self._run(plan.units, self._verify_unit, self._useful_threads(plan.units))
 
     def raise_problems(self, doing: str) -> None:
-        """Raises `CorruptError` if anything was found.
+        """Raises if anything was found.
 
         Args:
           doing: What failed, such as ``"restore 'run/step_3'"``.
+
+        Raises:
+          CorruptError: Something is damaged.
+          CheckpointError: Storage did not give something, which may be whole.
         """
         if self._problems:
             problems = self.problems
+            if all(problem.kind == UNREADABLE for problem in problems):
+                headline = f"cannot {doing}: storage did not give {len(problems)} of its parts"
+                advice = [
+                    "nothing was returned; the checkpoint may be whole: mend the storage, then try again"
+                ]
+                raise CheckpointError(list_problems(headline, problems, advice), problems)
             headline = f"cannot {doing}: stored data is damaged in {len(problems)} places"
             advice = ["nothing was returned; use another checkpoint, or select= the leaves that are whole"]
             raise CorruptError(list_problems(headline, problems, advice), problems)
@@ -341,7 +351,7 @@ def destination_array(destination: Destination, itemsize: int) -> np.ndarray[Any
 def _kind_of(error: OSError) -> str:
     """``"missing"`` when bytes are lost; ``"unreadable"`` when the process or the machine lacks something."""
     is_lost = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-    return "missing" if is_lost else "unreadable"
+    return "missing" if is_lost else UNREADABLE
 
 
 def _describe_os_error(error: OSError) -> str:

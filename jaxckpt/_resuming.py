@@ -31,6 +31,7 @@ from typing import Any, TypeVar, final
 
 from ._checkpoint import restore
 from ._errors import (
+    UNREADABLE,
     CheckpointError,
     CorruptError,
     FormatError,
@@ -268,5 +269,5 @@ def _is_damage(error: CheckpointError) -> bool:
     if isinstance(error, FormatError):
         return not any(problem.kind == "version" for problem in error.problems)
     if isinstance(error, CorruptError):
-        return any(problem.kind != "unreadable" for problem in error.problems)
+        return any(problem.kind != UNREADABLE for problem in error.problems)
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO

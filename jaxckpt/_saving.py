@@ -739,8 +739,9 @@ def write_error(store: Store, error: OSError, newest_good: str | None, *, is_com
     place = f" ({error.filename})" if error.filename else ""
     name = errno.errorcode.get(error.errno or 0, "")
     state = _describe_outcome(newest_good, is_committed=is_committed)
+    advice = "see that the bucket can be reached" if store.is_remote else "make room or mend the storage"
     message = (
         f"cannot save {store.path!r}: storage refused a write: {reason} {name}{place}\n"
-        f"{state}\nmake room or mend the storage, then save again"
+        f"{state}\n{advice}, then save again"
     )
     return WriteError(message, error.errno)

@@ -364,6 +364,33 @@ def test_what_cannot_be_read_now_is_not_called_damaged(url: str) -> None:
         jaxckpt.CheckpointManager(refusing).restore()
 
 
+class RootWithoutPacks:
+    """TensorStore's view of a bucket of which the packs cannot be reached."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._root, name)
+
+    def read(self, key: str, **keywords: Any) -> Any:
+        if "/packs/" in key:
+            raise ValueError("ABORTED: All 10 retry attempts failed")
+        return self._root.read(key, **keywords)
+
+
+def test_a_restore_that_storage_fails_does_not_call_the_checkpoint_damaged(url: str) -> None:
+    jaxckpt.save(url, small_tree())
+    store = open_bucket(url)
+    unreachable = BucketStore(store._place, RootWithoutPacks(store._root), 1.0)
+    with pytest.raises(jaxckpt.CheckpointError, match="storage did not give") as caught:
+        jaxckpt.restore(unreachable)
+    assert not isinstance(caught.value, jaxckpt.CorruptError)
+    assert "packs/" in str(caught.value)
+    assert "All 10 retry attempts failed" in str(caught.value)
+    assert_same_tree(jaxckpt.restore(url), small_tree())
+
+
 @pytest.mark.parametrize(
     ("length", "asked"), [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (9, 8), (9, 9), (9, 10), (9, 99)]
 )

@@ -23,9 +23,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxckpt
-from jaxckpt import CheckpointManager, SaveOptions
+from jaxckpt import CheckpointManager, SaveOptions, UploadOptions
 from jaxckpt._cli import main
 from jaxckpt._layout import OBJECT_BYTES_MAX, LeafExtent, cut_shard, plan_writes
+from jaxckpt._store import open_store
+from jaxckpt.interop import orbax, safetensors
 
 from .helpers import assert_same_tree, make_mesh
 from .object_servers import CREDENTIALS, Remote
@@ -34,6 +36,7 @@ from .processes import Outcome, Worker, run_processes, start_processes
 pytestmark = [pytest.mark.slow, pytest.mark.object_stores]
 
 MIB = 1 << 20
+GOLDEN = pathlib.Path(__file__).with_name("golden")
 SMALL = SaveOptions(pack_bytes_max=4096)
 
 
@@ -830,3 +833,60 @@ def test_managers_of_several_processes_share_a_bucket(place: Place) -> None:
         "step_00000005",
         "step_00000006",
     }
+
+
+# --- two tiers, and files of other libraries ------------------------------------------------------------------
+
+
+def test_steps_go_to_the_bucket_and_come_back_from_it(place: Place, tmp_path: pathlib.Path) -> None:
+    url = place.url()
+    options = UploadOptions(max_to_keep=3)
+    with CheckpointManager(tmp_path / "run", max_to_keep=1, upload_to=url, upload=options) as manager:
+        for step in range(5):
+            manager.save(step, tree_of(step), metrics={"loss": step})
+            manager.wait()
+        assert manager.steps() == [2, 3, 4]
+    assert CheckpointManager(tmp_path / "run").steps() == [4]
+    assert CheckpointManager(url).steps() == [2, 3, 4]
+    assert all(jaxckpt.verify(CheckpointManager(url).path_of(step)).ok for step in (2, 3, 4))
+    # Another machine, whose directory is empty.
+    with CheckpointManager(tmp_path / "other", upload_to=url, upload=options) as manager:
+        resumed = manager.resume(like=tree_of(0))
+        assert resumed is not None
+        step, tree = resumed
+        assert step == 4
+        assert_same_tree(tree, tree_of(4))
+        manager.save(5, tree_of(5)).wait()
+    assert CheckpointManager(url).steps() == [3, 4, 5]
+
+
+def test_files_of_safetensors_in_a_bucket_are_written_and_read_by_ranges(place: Place) -> None:
+    tree = {"large": np.arange(MIB, dtype=np.float32).reshape(1024, 1024), "small": np.arange(3)}
+    safetensors.write(place.url("model.safetensors"), tree)
+    assert place.remote is not None
+    place.remote.proxy.reset()
+    opened = safetensors.open(place.url("model.safetensors"))
+    np.testing.assert_array_equal(opened["large"][10:20], tree["large"][10:20])
+    assert sum(request.answer_bytes for request in place.remote.proxy.requests) < MIB
+    assert_same_tree(safetensors.read(place.url("model.safetensors"), like=tree), tree)
+    assert main(["convert", place.url("model.safetensors"), place.url("converted")]) == 0
+    assert_same_tree(jaxckpt.restore(place.url("converted"), like=tree), tree)
+
+
+def test_a_checkpoint_of_orbax_in_a_bucket_is_read_and_converted(place: Place) -> None:
+    # As it was copied there, with the mark that Orbax leaves on object stores.
+    golden = GOLDEN / "orbax" / "0.11.26-manager"
+    store = open_store(place.url("orbax"))
+    for path in sorted(golden.rglob("*")):
+        if path.is_file():
+            store.put(path.relative_to(golden).as_posix(), path.read_bytes())
+    steps = [path.name for path in golden.iterdir() if path.name.isdigit()]
+    for step in steps:
+        store.put(f"{step}/commit_success.txt", b"")
+        for item in (golden / step).iterdir():
+            if item.is_dir():
+                store.put(f"{step}/{item.name}/commit_success.txt", b"")
+    here = orbax.read(golden, item="state")
+    assert_same_tree(orbax.read(place.url("orbax"), item="state"), here)
+    assert main(["convert", place.url("orbax"), place.url("converted")]) == 0
+    assert CheckpointManager(place.url("converted")).steps() == sorted(map(int, steps))
