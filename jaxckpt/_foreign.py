@@ -56,7 +56,7 @@ from ._restoring import (
     wait_for_transfers,
 )
 from ._shardings import Box
-from ._storage import Buffer
+from ._storage import Buffer, allocate_aligned
 from ._values import encode_value
 
 # Names with more parts than this keep the rest in one: a file must not decide how deep a tree gets.
@@ -782,7 +782,17 @@ def _read_leaf(
         return {box: source.read_box(number, box) for box in boxes}
     # Many formats have one checksum for an array, so that reading it whole is the only way to verify it.
     array = source.read_box(number, whole)
-    return {box: array[tuple(map(slice, *box))] for box in boxes}
+    return {box: _cut(array, box) for box in boxes}
+
+
+def _cut(array: np.ndarray[Any, Any], box: Box) -> np.ndarray[Any, Any]:
+    """A box of an array: a view if it is contiguous, else a copy from which arrays on CPU are made without another."""
+    part = array[tuple(map(slice, *box))]
+    if part.flags.c_contiguous:
+        return part
+    copy = allocate_aligned(part.nbytes).view(part.dtype).reshape(part.shape)
+    copy[...] = part
+    return copy
 
 
 def _place(source: _Source, targets: Sequence[Target], parts: dict[Box, np.ndarray[Any, Any]]) -> list[Any]:
