@@ -420,6 +420,7 @@ def select_names(checkpoint: ForeignCheckpoint, select: Select, rename: Rename) 
     """
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
+    rename = _rules_of_names(checkpoint, rename)
     if checkpoint.is_nested:
         leaves = _names_by_leaf(checkpoint)
     else:
@@ -443,15 +444,39 @@ def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename, *, in_tree
       rename: The rules.
       in_tree: Whether a leaf of which neither speaks has the key in a tree of dicts.
     """
-    wanted = set() if like is None else set(flatten(like).keys)
+    wanted = {} if like is None else _wanted_keys(flatten(like).keys)
     fits = _seeing_aliases_last(leaves, _tests_of_rules(rename))
     keys: list[str] = []
     for leaf in leaves:
         names = (*leaf.own, *leaf.aliases)
         renamed = next((name for name in names if fits(leaf, name)), None)
-        known = next((name for name in names if name in wanted), None)
+        known = next((wanted[name] for name in names if name in wanted), None)
         keys.append(renamed or known or (leaf.tree_key if in_tree else leaf.own[0]))
     return keys
+
+
+def _wanted_keys(keys: Sequence[str]) -> dict[str, str]:
+    """The keys of ``like`` by the names that mean them: a file has texts alone, so that its ``0`` may be a text."""
+    wanted = {key: key for key in keys}
+    for key in keys:
+        wanted.setdefault("/".join(part.removeprefix("~s") for part in key.split("/")), key)
+    return wanted
+
+
+def _rules_of_names(checkpoint: ForeignCheckpoint, rename: Rename) -> Rename:
+    """``rename`` for keys: rules that speak of leading parts of names, such as ``model.layers``, in the form of keys."""
+    separator = checkpoint.separator
+    if separator is None or separator == "/" or not isinstance(rename, Mapping):
+        return rename
+    names = checkpoint.keys()
+    rules: dict[Any, Any] = {}
+    for old, new in rename.items():
+        is_part = isinstance(old, str) and separator in old and old not in names
+        if is_part and any(name.startswith(f"{old}{separator}") for name in names):
+            old = "/".join(map(_component, old.split(separator)))
+            new = "/".join(map(_component, new.split(separator))) if isinstance(new, str) and new else new
+        rules[old] = new
+    return rules
 
 
 _Test = Callable[[str], bool]
@@ -586,6 +611,7 @@ def restore_foreign(
     bytes_before = checkpoint.bytes_read
     if rename is None and like is None and checkpoint.is_nested:
         rename = []  # renames nothing, and gives nested dicts
+    rename = _rules_of_names(checkpoint, rename)
     source = _describe(checkpoint, like, select, rename)
     wanted = match_tree(
         source,

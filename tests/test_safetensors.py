@@ -216,6 +216,9 @@ def test_rename_and_select_take_names_and_keys(path: pathlib.Path):
     renamed = safetensors.read(path, rename={"model/layers": "blocks"})
     assert sorted(renamed) == ["blocks", "step"]
     assert np.array_equal(renamed["blocks"][1]["w"], TREE["model"]["layers"][1]["w"])
+    for old, new in (("model/layers", "decoder/blocks"), ("model.layers", "decoder.blocks")):
+        blocks = safetensors.read(path, rename={old: new})["decoder"]["blocks"]
+        assert np.array_equal(blocks[1]["w"], TREE["model"]["layers"][1]["w"])
     first = safetensors.read(path, rename={"model.layers.0.w": "first"}, select="model.layers.0.w")
     assert set(first) == {"first"}
     assert set(safetensors.read(path, select="model/layers/0/*")["model"]["layers"][0]) == {"w", "b"}

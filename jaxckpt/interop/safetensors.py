@@ -279,7 +279,8 @@ def read(
       mesh: As for `jaxckpt.restore`; the format has no shardings, so that all arrays are replicated.
       sharding: As for `jaxckpt.restore`.
       select: As for `jaxckpt.restore`, by names or keys.
-      rename: As for `jaxckpt.restore`, by names or keys.
+      rename: As for `jaxckpt.restore`, by names or keys; ``{"model.layers": "blocks"}`` is
+        ``{"model/layers": "blocks"}``.
       missing: As for `jaxckpt.restore`.
       unexpected: As for `jaxckpt.restore`.
       cast: As for `jaxckpt.restore`.
