@@ -55,7 +55,7 @@ from ._progress import Progress, ProgressMeter, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._restoring import match_tree
 from ._saving import SaveContext, SaveJob
-from ._storage import Buffer
+from ._storage import Buffer, local_path
 from ._store import open_store
 
 Path = str | os.PathLike[str]
@@ -156,7 +156,8 @@ def convert(
       MismatchError: ``select`` or ``rename`` does not fit the names.
       UnsupportedLeafError: The destination's format has nothing for an array; `.problems` lists all of them.
       ValueError: Nothing would change, since both formats are the same, and neither ``select`` nor ``rename`` nor
-        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating.
+        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating; or a checkpoint of TensorFlow or
+        npz would be written to an object store.
       WriteError: Storage refused a write.
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
@@ -167,6 +168,11 @@ def convert(
     to = to or _format_named(destination)
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, not {to!r}")
+    if to == "tensorflow" and "://" in local_path(os.fspath(destination)):
+        raise ValueError(
+            "checkpoints of TensorFlow are verified in local files alone, and "
+            f"{os.fspath(destination)!r} is none: write it there, and copy it"
+        )
     changes = (select, rename, dtype) != (None, None, None)
     with contextlib.ExitStack() as closing:
         source_format, opened = _open(_step_in(os.fspath(source), step))
@@ -231,7 +237,8 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
         not_found = error
     damage: CheckpointError | None = None
     reasons: list[str] = []
-    for name in FOREIGN_FORMATS:
+    # What is damaged is told of by the format that its name says.
+    for name in sorted(FOREIGN_FORMATS, key=lambda name: name != _format_named(path)):
         try:
             checkpoint: ForeignCheckpoint = _verbs_of(name).open(path)
             return name, checkpoint
@@ -450,7 +457,8 @@ def _verify(
         return verify(path, options=options, on_progress=on_progress).problems
     problems: list[Problem] = []
     try:
-        with _verbs_of(to).open(path) as opened:
+        # The prefix may be the name of a directory, too.
+        with _verbs_of(to).open(f"{os.fspath(path)}.index" if to == "tensorflow" else path) as opened:
             written: ForeignCheckpoint = opened
             key_of_name = {name_of_key(key, written.separator): key for key in digests}
             arrays = [written[name] for name in written.leaves()]

@@ -206,6 +206,26 @@ def test_other_files_are_no_checkpoints(tmp_path: pathlib.Path, name: str, conte
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_file_of_nothing_is_damage_of_the_format_that_its_name_says(tmp_path: pathlib.Path, suffix: str):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(bytes(100))
+    with pytest.raises((CorruptError, NotFoundError)) as caught:
+        convert(path, tmp_path / "out")
+    assert "table" not in str(caught.value)
+
+
+def test_the_prefix_of_tensorflow_may_be_the_name_of_a_directory_or_a_file_url(tmp_path: pathlib.Path):
+    npz.write(tmp_path / "a.npz", {"w": np.arange(3)})
+    (tmp_path / "model").mkdir()
+    assert convert(tmp_path / "a.npz", tmp_path / "model", to="tensorflow").ok
+    url = f"file://{tmp_path}/other"
+    assert convert(tmp_path / "a.npz", url, to="tensorflow").ok
+    assert convert(url, tmp_path / "b.npz").ok
+    with pytest.raises(ValueError, match="local files"):
+        convert(tmp_path / "a.npz", "memory://bucket/model", to="tensorflow")
+
+
 def test_a_damaged_file_is_named_with_its_damage(sources: dict[str, pathlib.Path], tmp_path: pathlib.Path):
     for form in ("safetensors", "npz", "flax"):
         path = tmp_path / NAMES[form]

@@ -682,6 +682,20 @@ def test_a_damaged_index_is_refused(tmp_path: pathlib.Path, damage: Callable[[pa
         safetensors.open(tmp_path)
 
 
+def test_one_of_several_files_without_their_index_is_not_all_of_them(tmp_path: pathlib.Path):
+    """So a write leaves a directory that was killed after its first file."""
+    write_shards(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    remove_a_shard(tmp_path)
+    with pytest.raises(NotFoundError, match="is one of several files"):
+        safetensors.open(tmp_path)
+    assert main(["convert", str(tmp_path), str(tmp_path / "ours")]) == 3
+    with safetensors.open(tmp_path / "model-00001-of-00002.safetensors") as checkpoint:
+        assert len(checkpoint) == 1
+    (tmp_path / "model-00001-of-00002.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    safetensors.open(tmp_path).close()
+
+
 def test_what_is_not_there_is_not_found(tmp_path: pathlib.Path):
     with pytest.raises(NotFoundError):
         safetensors.open(tmp_path / "nowhere.safetensors")
