@@ -43,7 +43,7 @@ from ._errors import (
     UnsupportedLeafError,
     list_problems,
 )
-from ._foreign import ForeignArray, ForeignCheckpoint, name_of_key, nest_selected, select_names
+from ._foreign import ForeignArray, ForeignCheckpoint, nest_selected, select_names
 from ._inspect import format_count, verify
 from ._keys import flatten
 from ._layout import flat_boxes
@@ -460,7 +460,7 @@ def _verify(
         # The prefix may be the name of a directory, too.
         with _verbs_of(to).open(f"{os.fspath(path)}.index" if to == "tensorflow" else path) as opened:
             written: ForeignCheckpoint = opened
-            key_of_name = {name_of_key(key, written.separator): key for key in digests}
+            key_of_name = {written.name_of(key): key for key in digests}
             arrays = [written[name] for name in written.leaves()]
             meter = ProgressMeter(sum(array.nbytes for array in arrays), "read", on_progress)
             for array in arrays:

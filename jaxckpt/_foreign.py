@@ -163,6 +163,10 @@ class ForeignCheckpoint(abc.ABC):
         """The key that each array has in a tree of dicts, in the order of `keys`."""
         return keys_of_names(self.keys(), self.separator)
 
+    def name_of(self, key: str) -> str:
+        """The name that the leaf of a tree with this key has when the tree is written in this format."""
+        return name_of_key(key, self.separator)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name."""
         return {key: leaf.shape for key, leaf in self.leaves().items()}

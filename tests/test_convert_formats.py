@@ -146,6 +146,15 @@ def test_values_of_python_and_keys_go_to_every_format_that_has_them(tmp_path: pa
         }
 
 
+@pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
+def test_keys_with_any_characters_are_found_again_in_what_was_written(tmp_path: pathlib.Path, form: str):
+    values = {"a/b": 1, "~c": 2, "d.e": 3, "7": 4, "": 5, "\N{GREEK SMALL LETTER PI}": 6}
+    inner = {key: np.full(2, value) for key, value in values.items()}
+    jaxckpt.save(tmp_path / "own", {"inner": inner, "f/": {"~": np.zeros(1)}})
+    done = convert(tmp_path / "own", tmp_path / NAMES[form], to=form)
+    assert (done.problems, done.leaves) == ((), 7)
+
+
 def test_metadata_is_kept_where_formats_have_it(tmp_path: pathlib.Path):
     safetensors.write(tmp_path / "a.safetensors", {"w": np.ones(2)}, metadata={"format": "pt"})
     convert(tmp_path / "a.safetensors", tmp_path / "own")
