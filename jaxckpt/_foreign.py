@@ -468,19 +468,24 @@ def _wanted_keys(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _rules_of_names(checkpoint: ForeignCheckpoint, rename: Rename) -> Rename:
-    """``rename`` for keys: rules that speak of leading parts of names, such as ``model.layers``, in the form of keys."""
+    """``rename`` for keys: in rules for leading parts of names, such as ``model.layers``, dots become slashes."""
     separator = checkpoint.separator
     if separator is None or separator == "/" or not isinstance(rename, Mapping):
         return rename
     names = checkpoint.keys()
-    rules: dict[Any, Any] = {}
-    for old, new in rename.items():
-        is_part = isinstance(old, str) and separator in old and old not in names
-        if is_part and any(name.startswith(f"{old}{separator}") for name in names):
-            old = "/".join(map(_component, old.split(separator)))
-            new = "/".join(map(_component, new.split(separator))) if isinstance(new, str) and new else new
-        rules[old] = new
-    return rules
+
+    def is_leading_part(old: Any) -> bool:
+        is_dotted = isinstance(old, str) and separator in old and old not in names
+        return is_dotted and any(name.startswith(f"{old}{separator}") for name in names)
+
+    def to_key(name: Any) -> Any:
+        is_name = isinstance(name, str) and name
+        return "/".join(map(_component, name.split(separator))) if is_name else name
+
+    return {
+        to_key(old) if is_leading_part(old) else old: to_key(new) if is_leading_part(old) else new
+        for old, new in rename.items()
+    }
 
 
 _Test = Callable[[str], bool]

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import shutil
+import signal
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ import jaxckpt
 from jaxckpt import CorruptError, NotFoundError, Progress
 from jaxckpt._cli import main
 from jaxckpt._converting import FORMATS, convert
+from jaxckpt._leaves import StreamedArray
 from jaxckpt.interop import flax, npz, safetensors, tensorflow
 
-from .helpers import assert_same_tree, run_program
+from .helpers import assert_same_tree, run_fork, run_program
 
 NAMES = {
     "jaxckpt": "step_7",
@@ -339,6 +341,44 @@ def test_the_exit_codes_of_the_command(
         assert (found, out) == (code, ""), argv
         assert err.startswith("jaxckpt: ")
         assert "Traceback" not in err
+
+
+# --- cut off --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["safetensors", "npz", "flax"])
+def test_what_a_killed_write_leaves_is_deleted_by_the_next_one(tmp_path: pathlib.Path, form: str):
+    path = tmp_path / NAMES[form]
+    killed = run_fork(
+        """
+        import importlib, os, signal, sys
+        import numpy as np
+        from jaxckpt._leaves import StreamedArray
+
+        def read(lo, hi):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        tree = {"w": StreamedArray((8,), np.dtype("float32"), read)}
+        importlib.import_module(f"jaxckpt.interop.{sys.argv[2]}").write(sys.argv[1], tree)
+        """,
+        path,
+        form,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (tmp_path / f"other-{left.name}").touch()
+    write = {"safetensors": safetensors, "npz": npz, "flax": flax}[form].write
+
+    def read_while_another_writes(lo: int, hi: int) -> np.ndarray[Any, Any]:
+        write(path, {"w": np.zeros(1)})
+        return np.ones(hi - lo, np.uint8)
+
+    inner = StreamedArray((8,), np.dtype("uint8"), read_while_another_writes)
+    write(path, {"w": inner}, overwrite=True)  # and what a living writer has stays
+    assert sorted(each.name for each in tmp_path.iterdir()) == [path.name, f"other-{left.name}"]
+    with {"safetensors": safetensors, "npz": npz, "flax": flax}[form].open(path) as checkpoint:
+        assert checkpoint["w"][...].tolist() == [1] * 8
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

@@ -359,7 +359,9 @@ def _choose_file(directory: str, names: Sequence[str]) -> str:
         if len(found) == 1 and found != parts:
             return found[0]
     if len(parts) == 1:
-        raise NotFoundError(f"{parts[0]!r} in {directory!r} is one of several files, and there is no {INDEX_NAME}")
+        raise NotFoundError(
+            f"{parts[0]!r} in {directory!r} is one of several files, and there is no {INDEX_NAME}"
+        )
     if not single:
         raise NotFoundError(f"no file of {directory!r} ends in .safetensors")
     raise NotFoundError(
