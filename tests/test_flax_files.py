@@ -361,6 +361,8 @@ def packed_array(shape: Any, name: Any, data: bytes) -> bytes:
         b"\x81\xa1a\xc1",
         b"\x82\xa1a\x01\xa1a\x02",
         b"\x81\xa1\xff\x01",
+        b"\x81\xa1a\xdd\x00\x11\x00\x00" + bytes(0x110000),
+        b"\x81\xa1a" + (b"\x93" * 20 + b"\xdd\x00\x11\x00\x00" + bytes(0x110000)),
     ],
 )
 def test_a_hostile_file_is_refused_in_little_memory(path: pathlib.Path, data: bytes):

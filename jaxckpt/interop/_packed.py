@@ -36,6 +36,8 @@ CHUNKED_KEY = "__msgpack_chunked_array__"
 
 # Far more than any state has; what reads one goes down by recursion.
 _DEPTH_MAX = 100
+# Of values and arrays; each takes some 600 bytes of memory, and a number in a file may take one.
+_VALUES_MAX = 1 << 20
 _WINDOW_BYTES = 64 << 10
 # A name, a dtype or a text that is no value of a state.
 _TEXT_BYTES_MAX = 64 << 20
@@ -131,6 +133,7 @@ class _Reader:
         self._source = source
         self._window = memoryview(b"")
         self._window_at = 0
+        self._value_count = 0
         self.at = 0
 
     def fail(self, what: str, kind: str = "manifest") -> NoReturn:
@@ -210,11 +213,20 @@ class _Reader:
     def _list(self, count: int, depth: int) -> list[Node]:
         if count > self._source.size - self.at:  # each takes a byte at least
             self.fail(f"has a list of {count} values, and fewer bytes", "length")
+        self._count_values(count, depth)
         return [self.value(depth + 1) for _ in range(count)]
+
+    def _count_values(self, count: int, depth: int) -> None:
+        """Refuses what would take far more memory than its file takes bytes; shapes of arrays do not count."""
+        if depth < _DEPTH_MAX - 1:
+            self._value_count += count
+        if self._value_count > _VALUES_MAX:
+            self.fail(f"has more than {_VALUES_MAX} values, which is no state of Flax's")
 
     def _map(self, count: int, depth: int) -> Node:
         if count > self._source.size - self.at:
             self.fail(f"has a dict of {count} values, and fewer bytes", "length")
+        self._count_values(count, depth)
         found: dict[str, Node] = {}
         for _ in range(count):
             key = self.value(depth + 1)
