@@ -35,7 +35,7 @@ SCALAR = 3
 CHUNKED_KEY = "__msgpack_chunked_array__"
 
 # Far more than any state has; what reads one goes down by recursion.
-_DEPTH_MAX = 100
+DEPTH_MAX = 100
 # Of values and arrays; each takes some 600 bytes of memory, and a number in a file may take one.
 _VALUES_MAX = 1 << 20
 _WINDOW_BYTES = 64 << 10
@@ -171,7 +171,7 @@ class _Reader:
 
     def value(self, depth: int) -> Node:
         """The next value."""
-        if depth > _DEPTH_MAX:
+        if depth > DEPTH_MAX:
             self.fail("is nested too deep")
         at = self.at
         first = self._take(1)[0]
@@ -218,7 +218,7 @@ class _Reader:
 
     def _count_values(self, count: int, depth: int) -> None:
         """Refuses what would take far more memory than its file takes bytes; shapes of arrays do not count."""
-        if depth < _DEPTH_MAX - 1:
+        if depth < DEPTH_MAX - 1:
             self._value_count += count
         if self._value_count > _VALUES_MAX:
             self.fail(f"has more than {_VALUES_MAX} values, which is no state of Flax's")
@@ -268,7 +268,7 @@ class _Reader:
                 length = self._number(_BIN[first])
                 fields.append((self._skip(length), length))
             else:
-                fields.append(self.value(_DEPTH_MAX - 1))
+                fields.append(self.value(DEPTH_MAX - 1))
         if len(fields) < count:
             self.fail("has an extension without the values that belong to it")
         return fields
