@@ -47,7 +47,7 @@ from ._errors import (
     UnsupportedLeafError,
     list_problems,
 )
-from ._foreign import ForeignArray, ForeignCheckpoint, name_of_key, nest_selected, select_names
+from ._foreign import ForeignArray, ForeignCheckpoint, nest_selected, select_names
 from ._inspect import format_count, verify
 from ._keys import flatten
 from ._layout import flat_boxes
@@ -60,7 +60,7 @@ from ._reading import Checkpoint, StoredLeaf, open_checkpoint
 from ._restoring import match_tree
 from ._saving import SaveContext, SaveJob
 from ._steps import StepDirectory
-from ._storage import Buffer, Store
+from ._storage import Buffer, Store, local_path
 from ._store import open_store
 
 Path = str | os.PathLike[str]
@@ -167,7 +167,8 @@ def convert(
       MismatchError: ``select`` or ``rename`` does not fit the names.
       UnsupportedLeafError: The destination's format has nothing for an array; `.problems` lists all of them.
       ValueError: Nothing would change, since both formats are the same, and neither ``select`` nor ``rename`` nor
-        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating.
+        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating; or a checkpoint of TensorFlow or
+        npz would be written to an object store.
       WriteError: Storage refused a write.
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
@@ -181,6 +182,11 @@ def convert(
     to = to or _format_named(destination)
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, not {to!r}")
+    if to == "tensorflow" and "://" in local_path(os.fspath(destination)):
+        raise ValueError(
+            "checkpoints of TensorFlow are verified in local files alone, and "
+            f"{os.fspath(destination)!r} is none: write it there, and copy it"
+        )
     changes = (select, rename, dtype) != (None, None, None)
     steps = _verbs_of("orbax").steps(source) if step is None else ()
     if steps:
@@ -335,7 +341,8 @@ def _open(path: str) -> tuple[str, Checkpoint | ForeignCheckpoint]:
         not_found = error
     damage: CheckpointError | None = None
     reasons: list[str] = []
-    for name in (*FOREIGN_FORMATS, "orbax"):
+    # What is damaged is told of by the format that its name says.
+    for name in sorted((*FOREIGN_FORMATS, "orbax"), key=lambda name: name != _format_named(path)):
         verbs = _verbs_of(name)
         try:
             checkpoint: ForeignCheckpoint = getattr(verbs, "open_whole", verbs.open)(path)
@@ -560,9 +567,10 @@ def _verify(
         return verify(path, options=options, on_progress=on_progress).problems
     problems: list[Problem] = []
     try:
-        with _verbs_of(to).open(path) as opened:
+        # The prefix may be the name of a directory, too.
+        with _verbs_of(to).open(f"{os.fspath(path)}.index" if to == "tensorflow" else path) as opened:
             written: ForeignCheckpoint = opened
-            key_of_name = {name_of_key(key, written.separator): key for key in digests}
+            key_of_name = {written.name_of(key): key for key in digests}
             arrays = [written[name] for name in written.leaves()]
             meter = ProgressMeter(sum(array.nbytes for array in arrays), "read", on_progress)
             for array in arrays:

@@ -64,7 +64,7 @@ from ._restoring import (
     wait_for_transfers,
 )
 from ._shardings import Box
-from ._storage import Buffer
+from ._storage import Buffer, allocate_aligned
 from ._values import encode_value
 
 # Names with more parts than this keep the rest in one: a file must not decide how deep a tree gets.
@@ -211,6 +211,10 @@ class ForeignCheckpoint(abc.ABC):
     def tree_keys(self) -> Sequence[str]:
         """The key that each array has in a tree of dicts, in the order of `keys`."""
         return keys_of_names(self.keys(), self.separator)
+
+    def name_of(self, key: str) -> str:
+        """The name that the leaf of a tree with this key has when the tree is written in this format."""
+        return name_of_key(key, self.separator)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name."""
@@ -483,6 +487,7 @@ def select_names(checkpoint: ForeignCheckpoint, select: Select, rename: Rename) 
     """
     names = checkpoint.keys()
     aliases = checkpoint.aliases()
+    rename = _rules_of_names(checkpoint, rename)
     if checkpoint.is_nested:
         leaves = _names_by_leaf(checkpoint)
     else:
@@ -512,15 +517,44 @@ def _choose_keys(leaves: Sequence[_Names], like: Any, rename: Rename, *, in_tree
       rename: The rules.
       in_tree: Whether a leaf of which neither speaks has the key in a tree of dicts.
     """
-    wanted = set() if like is None else set(flatten(like).keys)
+    wanted = {} if like is None else _wanted_keys(flatten(like).keys)
     fits = _seeing_aliases_last(leaves, _tests_of_rules(rename))
     keys: list[str] = []
     for leaf in leaves:
         names = (*leaf.own, *leaf.aliases)
         renamed = next((name for name in names if fits(leaf, name)), None)
-        known = next((name for name in names if name in wanted), None)
+        known = next((wanted[name] for name in names if name in wanted), None)
         keys.append(renamed or known or (leaf.tree_key if in_tree else leaf.own[0]))
     return keys
+
+
+def _wanted_keys(keys: Sequence[str]) -> dict[str, str]:
+    """The keys of ``like`` by the names that mean them: a file has texts alone, so that its ``0`` may be a text."""
+    wanted = {key: key for key in keys}
+    for key in keys:
+        wanted.setdefault("/".join(part.removeprefix("~s") for part in key.split("/")), key)
+    return wanted
+
+
+def _rules_of_names(checkpoint: ForeignCheckpoint, rename: Rename) -> Rename:
+    """``rename`` for keys: in rules for leading parts of names, such as ``model.layers``, dots become slashes."""
+    separator = checkpoint.separator
+    if separator is None or separator == "/" or not isinstance(rename, Mapping):
+        return rename
+    names = checkpoint.keys()
+
+    def is_leading_part(old: Any) -> bool:
+        is_dotted = isinstance(old, str) and separator in old and old not in names
+        return is_dotted and any(name.startswith(f"{old}{separator}") for name in names)
+
+    def to_key(name: Any) -> Any:
+        is_name = isinstance(name, str) and name
+        return "/".join(map(_component, name.split(separator))) if is_name else name
+
+    return {
+        to_key(old) if is_leading_part(old) else old: to_key(new) if is_leading_part(old) else new
+        for old, new in rename.items()
+    }
 
 
 _Test = Callable[[str], bool]
@@ -655,6 +689,7 @@ def restore_foreign(
     bytes_before = checkpoint.bytes_read
     if rename is None and like is None and checkpoint.is_nested:
         rename = []  # renames nothing, and gives nested dicts
+    rename = _rules_of_names(checkpoint, rename)
     source = _describe(checkpoint, like, select, rename)
     wanted = match_tree(
         source,
@@ -869,7 +904,17 @@ def _read_leaf(
         return dict(zip(boxes, source.read_boxes(number, list(boxes)), strict=True))
     # Many formats have one checksum for an array, so that reading it whole is the only way to verify it.
     array = source.read_box(number, whole)
-    return {box: array[tuple(map(slice, *box))] for box in boxes}
+    return {box: _cut(array, box) for box in boxes}
+
+
+def _cut(array: np.ndarray[Any, Any], box: Box) -> np.ndarray[Any, Any]:
+    """A box of an array: a view if it is contiguous, else a copy from which arrays on CPU are made without another."""
+    part = array[tuple(map(slice, *box))]
+    if part.flags.c_contiguous:
+        return part
+    copy = allocate_aligned(part.nbytes).view(part.dtype).reshape(part.shape)
+    copy[...] = part
+    return copy
 
 
 def _place(source: _Source, targets: Sequence[Target], parts: dict[Box, np.ndarray[Any, Any]]) -> list[Any]:

@@ -119,7 +119,10 @@ class Store(abc.ABC):
         """Begins a new object."""
 
     def create_replacement(self, name: str, length: int) -> ObjectWriter:
-        """Begins an object that takes the place of another when it is finished; until then that one stays."""
+        """Begins an object that takes the place of another when it is finished; until then that one stays.
+
+        What earlier ones that were cut off have left is deleted.
+        """
         return self.create(name, length)  # which is not seen before it is finished
 
     @abc.abstractmethod

@@ -40,6 +40,7 @@ from ._storage import (
     ObjectWriter,
     Store,
     allocate_aligned,
+    cut_off_name,
     local_path,
     temporary_name,
 )
@@ -111,13 +112,34 @@ class LocalStore(Store):
         return _LocalWriter(self._kernel, self._claim(name), length, is_direct)
 
     def create_replacement(self, name: str, length: int) -> ObjectWriter:
+        self.forget_cut_off(name)
         temporary = temporary_name(name)
         writer = self.create(temporary, length)
         return _LocalReplacement(
             writer,
+            self.hold_temporary(temporary),
             functools.partial(self._replace, temporary, name),
             functools.partial(self._forget, temporary),
         )
+
+    def forget_cut_off(self, name: str) -> None:
+        """Deletes what replacements of an object that were cut off have left; what a living writer holds stays."""
+        directory, base = os.path.split(os.path.join(self.path, name))
+        with contextlib.suppress(OSError):
+            for other in os.listdir(directory):
+                if cut_off_name(other) == base:
+                    path = os.path.join(directory, other)
+                    hold = self.hold_temporary(path)
+                    if hold is not None:
+                        self._kernel.unlink(path)
+                        hold.release()
+
+    def hold_temporary(self, name: str) -> Hold | None:
+        """A hold on a file under a temporary name; None if somebody has it, or where there are no locks."""
+        try:
+            return self.hold_alone(name)
+        except OSError:
+            return None
 
     def _replace(self, temporary: str, name: str) -> None:
         target = os.path.join(self.path, name)
@@ -452,12 +474,20 @@ class _LocalReplacement(ObjectWriter):
 
     Args:
       writer: Writes it.
+      hold: Says that it is being written, until this object is gone.
       replace: Gives it its name.
       forget: Deletes it.
     """
 
-    def __init__(self, writer: ObjectWriter, replace: Callable[[], None], forget: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        writer: ObjectWriter,
+        hold: Hold | None,
+        replace: Callable[[], None],
+        forget: Callable[[], None],
+    ) -> None:
         self._writer = writer
+        self._hold = hold
         self._replace = replace
         self._forget = forget
 
@@ -467,10 +497,16 @@ class _LocalReplacement(ObjectWriter):
     def finish(self) -> None:
         self._writer.finish()
         self._replace()
+        self._release()
 
     def abandon(self) -> None:
         self._writer.abandon()
         self._forget()
+        self._release()
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
 
 
 _thread_buffers = threading.local()

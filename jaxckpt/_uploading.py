@@ -224,9 +224,10 @@ class Uploader:
                 self._condition.wait_for(lambda: self._current != step)
         try:
             yield
-            there = self._there
-            if there is not None:
-                self._there = {other: record for other, record in there.items() if other != step}
+            with self._condition:  # against the thread that adds to it
+                there = self._there
+                if there is not None:
+                    self._there = {other: record for other, record in there.items() if other != step}
         finally:
             with self._condition:
                 self._barred.discard(step)
@@ -383,7 +384,8 @@ class Uploader:
                 on_progress=None if self._options.on_progress is None else self._show,
             )
             if report is not None:
-                self._there = {**(self._there or {}), step: record}
+                with self._condition:
+                    self._there = {**(self._there or {}), step: record}
                 self._end_upload(step, report, time.perf_counter() - began_s)
         except CheckpointError as error:
             if source.fingerprint(MANIFEST_NAME) != fingerprint:

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import shutil
+import signal
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ import jaxckpt
 from jaxckpt import CorruptError, NotFoundError, Progress
 from jaxckpt._cli import main
 from jaxckpt._converting import FORMATS, convert
+from jaxckpt._leaves import StreamedArray
 from jaxckpt.interop import flax, npz, safetensors, tensorflow
 
-from .helpers import assert_same_tree, run_program
+from .helpers import assert_same_tree, run_fork, run_program
 
 NAMES = {
     "jaxckpt": "step_7",
@@ -146,6 +148,15 @@ def test_values_of_python_and_keys_go_to_every_format_that_has_them(tmp_path: pa
         }
 
 
+@pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
+def test_keys_with_any_characters_are_found_again_in_what_was_written(tmp_path: pathlib.Path, form: str):
+    values = {"a/b": 1, "~c": 2, "d.e": 3, "7": 4, "": 5, "\N{GREEK SMALL LETTER PI}": 6}
+    inner = {key: np.full(2, value) for key, value in values.items()}
+    jaxckpt.save(tmp_path / "own", {"inner": inner, "f/": {"~": np.zeros(1)}})
+    done = convert(tmp_path / "own", tmp_path / NAMES[form], to=form)
+    assert (done.problems, done.leaves) == ((), 7)
+
+
 def test_metadata_is_kept_where_formats_have_it(tmp_path: pathlib.Path):
     safetensors.write(tmp_path / "a.safetensors", {"w": np.ones(2)}, metadata={"format": "pt"})
     convert(tmp_path / "a.safetensors", tmp_path / "own")
@@ -204,6 +215,26 @@ def test_other_files_are_no_checkpoints(tmp_path: pathlib.Path, name: str, conte
         assert isinstance(caught.value, NotFoundError), caught.value
     assert str(tmp_path / name) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_file_of_nothing_is_damage_of_the_format_that_its_name_says(tmp_path: pathlib.Path, suffix: str):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(bytes(100))
+    with pytest.raises((CorruptError, NotFoundError)) as caught:
+        convert(path, tmp_path / "out")
+    assert "table" not in str(caught.value)
+
+
+def test_the_prefix_of_tensorflow_may_be_the_name_of_a_directory_or_a_file_url(tmp_path: pathlib.Path):
+    npz.write(tmp_path / "a.npz", {"w": np.arange(3)})
+    (tmp_path / "model").mkdir()
+    assert convert(tmp_path / "a.npz", tmp_path / "model", to="tensorflow").ok
+    url = f"file://{tmp_path}/other"
+    assert convert(tmp_path / "a.npz", url, to="tensorflow").ok
+    assert convert(url, tmp_path / "b.npz").ok
+    with pytest.raises(ValueError, match="local files"):
+        convert(tmp_path / "a.npz", "memory://bucket/model", to="tensorflow")
 
 
 def test_a_damaged_file_is_named_with_its_damage(sources: dict[str, pathlib.Path], tmp_path: pathlib.Path):
@@ -310,6 +341,44 @@ def test_the_exit_codes_of_the_command(
         assert (found, out) == (code, ""), argv
         assert err.startswith("jaxckpt: ")
         assert "Traceback" not in err
+
+
+# --- cut off --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["safetensors", "npz", "flax"])
+def test_what_a_killed_write_leaves_is_deleted_by_the_next_one(tmp_path: pathlib.Path, form: str):
+    path = tmp_path / NAMES[form]
+    killed = run_fork(
+        """
+        import importlib, os, signal, sys
+        import numpy as np
+        from jaxckpt._leaves import StreamedArray
+
+        def read(lo, hi):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        tree = {"w": StreamedArray((8,), np.dtype("float32"), read)}
+        importlib.import_module(f"jaxckpt.interop.{sys.argv[2]}").write(sys.argv[1], tree)
+        """,
+        path,
+        form,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (tmp_path / f"other-{left.name}").touch()
+    write = {"safetensors": safetensors, "npz": npz, "flax": flax}[form].write
+
+    def read_while_another_writes(lo: int, hi: int) -> np.ndarray[Any, Any]:
+        write(path, {"w": np.zeros(1)})
+        return np.ones(hi - lo, np.uint8)
+
+    inner = StreamedArray((8,), np.dtype("uint8"), read_while_another_writes)
+    write(path, {"w": inner}, overwrite=True)  # and what a living writer has stays
+    assert sorted(each.name for each in tmp_path.iterdir()) == [path.name, f"other-{left.name}"]
+    with {"safetensors": safetensors, "npz": npz, "flax": flax}[form].open(path) as checkpoint:
+        assert checkpoint["w"][...].tolist() == [1] * 8
 
 
 # --- memory ---------------------------------------------------------------------------------------------------

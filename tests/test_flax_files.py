@@ -255,6 +255,22 @@ def test_what_cannot_be_packed_is_listed(path: pathlib.Path):
         flax.write(path, np.ones(2))
 
 
+def test_what_is_written_is_not_too_deep_to_be_read(path: pathlib.Path):
+    def nest(levels: int) -> Any:
+        tree: Any = np.arange(3)
+        for _ in range(levels):
+            tree = {"a": tree}
+        return tree
+
+    path.write_bytes(
+        b"".join(bytes(each) for part in plan_parts(nest(96), "", 8) for each in pieces_of(part))
+    )
+    with flax.open(path) as checkpoint:
+        assert checkpoint["/".join("a" * 96)][...].tolist() == [0, 1, 2]
+    with pytest.raises(UnsupportedLeafError, match="too deep"):
+        flax.write(path, nest(97), overwrite=True)
+
+
 def test_a_file_is_replaced_only_when_that_is_wanted(path: pathlib.Path):
     flax.write(path, {"a": np.ones(2)})
     with pytest.raises(ExistsError):
@@ -361,6 +377,8 @@ def packed_array(shape: Any, name: Any, data: bytes) -> bytes:
         b"\x81\xa1a\xc1",
         b"\x82\xa1a\x01\xa1a\x02",
         b"\x81\xa1\xff\x01",
+        b"\x81\xa1a\xdd\x00\x11\x00\x00" + bytes(0x110000),
+        b"\x81\xa1a" + (b"\x93" * 20 + b"\xdd\x00\x11\x00\x00" + bytes(0x110000)),
     ],
 )
 def test_a_hostile_file_is_refused_in_little_memory(path: pathlib.Path, data: bytes):

@@ -356,6 +356,21 @@ def test_like_may_have_lists_and_slots_beside_their_variables():
     np.testing.assert_array_equal(tree["w/Adam"], W + 1)
 
 
+def test_numbers_in_names_match_texts_and_integers_of_like():
+    """Files have texts alone; so has the state of a Flax module whose layers are named after their numbers."""
+    checkpoint = MemoryCheckpoint({"layer/0/w": np.arange(2), "layer/1/w": np.arange(3)})
+    values = [{"w": np.zeros(2, int)}, {"w": np.zeros(3, int)}]
+    for layers in (
+        values,
+        dict(enumerate(values)),
+        {str(number): each for number, each in enumerate(values)},
+    ):
+        found = restore_foreign(checkpoint, like={"layer": layers})["layer"]
+        assert type(found) is type(layers)
+        keys = list(layers) if isinstance(layers, dict) else [0, 1]
+        assert [found[key]["w"].tolist() for key in keys] == [[0, 1], [0, 1, 2]]
+
+
 def test_like_select_and_rename_know_the_aliases():
     aliases = {"model/w": ("net/kernel", "k"), "model/b": ("net/bias",)}
     checkpoint = MemoryCheckpoint({"model/w": W, "model/b": B, "other": B}, aliases)

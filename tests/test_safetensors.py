@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import os
 import pathlib
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +216,9 @@ def test_rename_and_select_take_names_and_keys(path: pathlib.Path):
     renamed = safetensors.read(path, rename={"model/layers": "blocks"})
     assert sorted(renamed) == ["blocks", "step"]
     assert np.array_equal(renamed["blocks"][1]["w"], TREE["model"]["layers"][1]["w"])
+    for old, new in (("model/layers", "decoder/blocks"), ("model.layers", "decoder.blocks")):
+        blocks = safetensors.read(path, rename={old: new})["decoder"]["blocks"]
+        assert np.array_equal(blocks[1]["w"], TREE["model"]["layers"][1]["w"])
     first = safetensors.read(path, rename={"model.layers.0.w": "first"}, select="model.layers.0.w")
     assert set(first) == {"first"}
     assert set(safetensors.read(path, select="model/layers/0/*")["model"]["layers"][0]) == {"w", "b"}
@@ -353,6 +359,41 @@ def test_columns_of_wide_rows_are_read_without_what_is_between_them(path: pathli
         part = checkpoint["w"][:, 1000 : 1000 + (1 << 16)]
         assert part.tobytes() == values[:, 1000 : 1000 + (1 << 16)].tobytes()
         assert checkpoint.bytes_read - before == part.nbytes
+
+
+def test_a_box_with_gaps_is_read_in_pieces_whatever_its_first_axes(path: pathlib.Path):
+    """The gaps are read with it, and all of them at once would be the whole array."""
+    shape = (2, 1 << 15, 1 << 10)
+    nbytes = math.prod(shape)
+    with_header(path, {"w": {"dtype": "U8", "shape": list(shape), "data_offsets": [0, nbytes]}}, b"")
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + nbytes)
+        file.seek(-nbytes + 5 * shape[2] + 7, os.SEEK_END)
+        file.write(b"\x2a")
+    with safetensors.open(path) as checkpoint:
+        for first in (slice(0, 1), slice(0, 2)):
+            box, peak_bytes = traced(lambda first=first: checkpoint["w"][first, :, 7:8])
+            assert (box[0, 5, 0], box.sum()) == (42, 42)
+            assert peak_bytes < 10 << 20
+
+
+def test_an_array_is_in_memory_once_beside_its_shards(path: pathlib.Path):
+    """What a shard is cut into begins where JAX takes it without another copy."""
+    values = make_array("float32", (1 << 11, 1 << 11))
+    safetensors.write(path, {"w": values})
+    sharding = NamedSharding(make_mesh({"x": 8}), P(None, "x"))
+    tree, peak_bytes = traced(lambda: safetensors.read(path, sharding=sharding))
+    assert np.asarray(tree["w"]).tobytes() == values.tobytes()
+    assert peak_bytes < values.nbytes // 2
+
+
+def traced(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What some work gives, and the most bytes that NumPy had beside mapped memory meanwhile."""
+    tracemalloc.start()
+    try:
+        return work(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_view_shows_the_file(path: pathlib.Path):
@@ -639,6 +680,20 @@ def test_a_damaged_index_is_refused(tmp_path: pathlib.Path, damage: Callable[[pa
     damage(tmp_path)
     with pytest.raises(CorruptError):
         safetensors.open(tmp_path)
+
+
+def test_one_of_several_files_without_their_index_is_not_all_of_them(tmp_path: pathlib.Path):
+    """So a write leaves a directory that was killed after its first file."""
+    write_shards(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    remove_a_shard(tmp_path)
+    with pytest.raises(NotFoundError, match="is one of several files"):
+        safetensors.open(tmp_path)
+    assert main(["convert", str(tmp_path), str(tmp_path / "ours")]) == 3
+    with safetensors.open(tmp_path / "model-00001-of-00002.safetensors") as checkpoint:
+        assert len(checkpoint) == 1
+    (tmp_path / "model-00001-of-00002.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    safetensors.open(tmp_path).close()
 
 
 def test_what_is_not_there_is_not_found(tmp_path: pathlib.Path):

@@ -250,9 +250,12 @@ def read_box(
         return box
     strides = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(lo))]
     depth = _split_axis(lo, hi, strides, dtype.itemsize)
+    # Rows with gaps are read through memory of their own: one must not be larger than a piece.
+    while sizes[depth + 1 :] != shape[depth + 1 :] and strides[depth] > _PIECE_BYTES:
+        depth += 1
+    is_in_one_run = sizes[depth + 1 :] == shape[depth + 1 :]
     # One read for each index of the axes before `depth`, and along that axis for as many rows as fit a piece.
     rows_max = max(1, _PIECE_BYTES // max(strides[depth], 1))
-    is_in_one_run = box[(0,) * depth].nbytes == box.shape[depth] * strides[depth]
     for index in np.ndindex(box.shape[:depth]):
         outer = sum((lo[axis] + at) * strides[axis] for axis, at in enumerate(index))
         if is_in_one_run:

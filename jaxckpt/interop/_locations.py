@@ -24,6 +24,7 @@ import os
 import re
 
 from jaxckpt._errors import CheckpointError, NotFoundError, printable
+from jaxckpt._storage import local_path
 
 from ._files import SourceFile, corrupt
 from ._protobuf import WireError
@@ -69,7 +70,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
       NotFoundError: It means none.
       CorruptError: A part of it is missing.
     """
-    text = os.fspath(path)
+    text = local_path(os.fspath(path))
     found = _locate_directory(text) if os.path.isdir(text) else _locate_file(text)
     if found is None:
         advice = "give its prefix, one of its files, or a directory with a state file named 'checkpoint'"

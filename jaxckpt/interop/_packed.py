@@ -35,7 +35,9 @@ SCALAR = 3
 CHUNKED_KEY = "__msgpack_chunked_array__"
 
 # Far more than any state has; what reads one goes down by recursion.
-_DEPTH_MAX = 100
+DEPTH_MAX = 100
+# Of values and arrays; each takes some 600 bytes of memory, and a number in a file may take one.
+_VALUES_MAX = 1 << 20
 _WINDOW_BYTES = 64 << 10
 # A name, a dtype or a text that is no value of a state.
 _TEXT_BYTES_MAX = 64 << 20
@@ -131,6 +133,7 @@ class _Reader:
         self._source = source
         self._window = memoryview(b"")
         self._window_at = 0
+        self._value_count = 0
         self.at = 0
 
     def fail(self, what: str, kind: str = "manifest") -> NoReturn:
@@ -168,7 +171,7 @@ class _Reader:
 
     def value(self, depth: int) -> Node:
         """The next value."""
-        if depth > _DEPTH_MAX:
+        if depth > DEPTH_MAX:
             self.fail("is nested too deep")
         at = self.at
         first = self._take(1)[0]
@@ -210,11 +213,20 @@ class _Reader:
     def _list(self, count: int, depth: int) -> list[Node]:
         if count > self._source.size - self.at:  # each takes a byte at least
             self.fail(f"has a list of {count} values, and fewer bytes", "length")
+        self._count_values(count, depth)
         return [self.value(depth + 1) for _ in range(count)]
+
+    def _count_values(self, count: int, depth: int) -> None:
+        """Refuses what would take far more memory than its file takes bytes; shapes of arrays do not count."""
+        if depth < DEPTH_MAX - 1:
+            self._value_count += count
+        if self._value_count > _VALUES_MAX:
+            self.fail(f"has more than {_VALUES_MAX} values, which is no state of Flax's")
 
     def _map(self, count: int, depth: int) -> Node:
         if count > self._source.size - self.at:
             self.fail(f"has a dict of {count} values, and fewer bytes", "length")
+        self._count_values(count, depth)
         found: dict[str, Node] = {}
         for _ in range(count):
             key = self.value(depth + 1)
@@ -256,7 +268,7 @@ class _Reader:
                 length = self._number(_BIN[first])
                 fields.append((self._skip(length), length))
             else:
-                fields.append(self.value(_DEPTH_MAX - 1))
+                fields.append(self.value(DEPTH_MAX - 1))
         if len(fields) < count:
             self.fail("has an extension without the values that belong to it")
         return fields

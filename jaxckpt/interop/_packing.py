@@ -36,7 +36,7 @@ from jaxckpt._store import open_store
 
 from ._arrays import ArrayContents, RefusedError, StringContents, WriteBuffer, contents_of
 from ._files import absolute_path, split_path
-from ._packed import ARRAY, CHUNKED_KEY, COMPLEX, SCALAR
+from ._packed import ARRAY, CHUNKED_KEY, COMPLEX, DEPTH_MAX, SCALAR
 
 # From here on Flax packs an array in chunks.
 _CHUNK_BYTES = 1 << 30
@@ -171,6 +171,9 @@ def plan_parts(tree: Any, path: str, chunk_bytes: int = _CHUNK_BYTES) -> Iterato
         try:
             if not key:
                 raise RefusedError("has no name: put the leaf into a dict")
+            # An array in chunks goes a few levels deeper.
+            if key.count("/") > DEPTH_MAX - 5:
+                raise RefusedError(f"lies below {key.count('/')} levels, too deep for `read`")
             # Flax has texts as keys only: the int 3 and the text "3" are one.
             owner = owners.setdefault(tuple(map(name_of_key, key.split("/"))), key)
             if owner != key:

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from jaxckpt._config import RestoreOptions
 from jaxckpt._errors import CheckpointError, NotFoundError
-from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, keys_of_names, restore_foreign
+from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, keys_of_names, name_of_key, restore_foreign
 from jaxckpt._naming import Rename, Select
 from jaxckpt._storage import Buffer, allocate_aligned
 
@@ -67,10 +67,8 @@ class FlaxCheckpoint(ForeignCheckpoint):
         for parts, node in nodes.items():
             if node is None:
                 continue
-            tree_key = "/".join(keys_of_names(parts, None))
-            # Escaped where it would not be told from that of other parts.
-            name = tree_key if set("/~") & set("".join(parts)) else "/".join(parts)
-            self._tree_keys.append(tree_key)
+            name = _name_of(parts)
+            self._tree_keys.append(_key_of(parts))
             value = None if isinstance(node, PackedArray) else node
             array = node if isinstance(node, PackedArray) else _array_of_value(node)
             self._arrays[name] = array
@@ -89,6 +87,10 @@ class FlaxCheckpoint(ForeignCheckpoint):
     def tree_keys(self) -> Sequence[str]:
         """As `ForeignCheckpoint.tree_keys`; the file tells ``/`` within a part from that between two."""
         return self._tree_keys
+
+    def name_of(self, key: str) -> str:
+        """As `ForeignCheckpoint.name_of`."""
+        return _name_of([name_of_key(component) for component in key.split("/")])
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """A box of an array, C-contiguous; of strings an array of bytes. May be called from several threads.
@@ -149,6 +151,15 @@ class FlaxCheckpoint(ForeignCheckpoint):
                 self._source.read_into(offset + first - start, found[first - lo : last - lo])
             start += length
         return found
+
+
+def _key_of(parts: Sequence[str]) -> str:
+    return "/".join(keys_of_names(parts, None))
+
+
+def _name_of(parts: Sequence[str]) -> str:
+    """A path as one text, escaped where it would not be told from that of other parts."""
+    return _key_of(parts) if set("/~") & set("".join(parts)) else "/".join(parts)
 
 
 def _array_of_value(value: Any) -> np.ndarray[Any, Any]:

@@ -52,8 +52,8 @@ from jaxckpt._keys import flatten
 from jaxckpt._manifest import RANK_MAX
 from jaxckpt._naming import Rename, Select
 from jaxckpt._progress import Progress, ProgressMeter
-from jaxckpt._storage import Buffer, allocate_aligned, temporary_name
-from jaxckpt._store import Kernel
+from jaxckpt._storage import Buffer, Hold, allocate_aligned, temporary_name
+from jaxckpt._store import Kernel, LocalStore
 
 from ._arrays import ArrayContents, RefusedError, StringContents, contents_of
 from ._files import (
@@ -613,9 +613,13 @@ def write_archive(
 ) -> None:
     """Writes the archive under another name, syncs it, and renames it: that is the commit."""
     temporary = temporary_name(target)
+    store = LocalStore(os.path.dirname(target), kernel)
+    store.forget_cut_off(os.path.basename(target))
+    hold: Hold | None = None
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with os.fdopen(kernel.open(temporary, flags, 0o666), "w+b") as file:
+            hold = store.hold_temporary(temporary)
             with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
                 for name, contents in arrays.items():
                     _write_array(archive, name, contents, meter)
@@ -627,6 +631,9 @@ def write_archive(
         with contextlib.suppress(OSError):  # the failure that matters is the one that led here
             os.unlink(temporary)
         raise
+    finally:
+        if hold is not None:
+            hold.release()
     directory = kernel.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY)
     try:
         kernel.fsync(directory)

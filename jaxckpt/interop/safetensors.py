@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -52,6 +53,9 @@ from ._headers import INDEX_NAME, SINGLE_NAME, StoredTensor, read_header, read_i
 from ._tensorfiles import write
 
 __all__ = ["SafetensorsCheckpoint", "can_read", "open", "read", "write"]
+
+# The end of the name of a file that is one of several.
+_PART = re.compile(r"-[0-9]{5}-of-([0-9]{5})\.safetensors$")
 
 
 @final
@@ -279,7 +283,8 @@ def read(
       mesh: As for `jaxckpt.restore`; the format has no shardings, so that all arrays are replicated.
       sharding: As for `jaxckpt.restore`.
       select: As for `jaxckpt.restore`, by names or keys.
-      rename: As for `jaxckpt.restore`, by names or keys.
+      rename: As for `jaxckpt.restore`, by names or keys; ``{"model.layers": "blocks"}`` is
+        ``{"model/layers": "blocks"}``.
       missing: As for `jaxckpt.restore`.
       unexpected: As for `jaxckpt.restore`.
       cast: As for `jaxckpt.restore`.
@@ -336,6 +341,12 @@ def read(
         )
 
 
+def _is_part(name: str) -> bool:
+    """Whether a file says by its name that it is one of several, as they are while nothing is committed."""
+    found = _PART.search(name)
+    return found is not None and int(found[1]) > 1
+
+
 def _choose_file(directory: str, names: Sequence[str]) -> str:
     """What a directory with these names means: ``model.safetensors``, an index, or a file."""
     single = [name for name in names if name.endswith(".safetensors")]
@@ -343,9 +354,14 @@ def _choose_file(directory: str, names: Sequence[str]) -> str:
     for found, usual in ((single, SINGLE_NAME), (indexes, INDEX_NAME)):
         if usual in found:
             return usual
+    parts = [name for name in single if _is_part(name)]
     for found in (indexes, single):
-        if len(found) == 1:
+        if len(found) == 1 and found != parts:
             return found[0]
+    if len(parts) == 1:
+        raise NotFoundError(
+            f"{parts[0]!r} in {directory!r} is one of several files, and there is no {INDEX_NAME}"
+        )
     if not single:
         raise NotFoundError(f"no file of {directory!r} ends in .safetensors")
     raise NotFoundError(
