@@ -10,8 +10,8 @@ The format of the source is found out, that of the destination is said. A format
    checksum is made while it is written, and compared with what is read.
 
 Values, names and shapes stay what they are, and metadata where a format has it. A checkpoint of ours gets a tree of
-dicts (`nest`), and its arrays no shardings, since other formats have none; those of 64-bit types, which JAX has only
-with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
+dicts (`nest`), unless the source says what the tree was, and what it says of shardings; arrays of 64-bit types, which
+JAX has only with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
 is an error before anything is written. Deliberately not here: devices, and from ours to ours, which is what `restore`
 and `save` are for.
 
@@ -441,12 +441,14 @@ def _form_of(leaf: Any, to: str, dtype: np.dtype[Any] | None) -> Any:
         read, shape, old = _stream_of_boxes(leaf), leaf.spec.shape, leaf.spec.np_dtype
     else:
         read, shape, old = leaf.stream, leaf.shape, leaf.dtype
-    if dtype is None or not _is_cast(leaf, dtype):
-        if isinstance(leaf, ForeignArray) and leaf.kind in ("numpy", "key"):
-            return StreamedArray(shape, old, read, leaf.kind, leaf.impl)
-        return StreamedArray(shape, old, read)
-    # Ranges are whole elements: pieces end at whole MiB or with the array, and floating types have 2^n bytes.
-    return StreamedArray(shape, dtype, _cast_stream(read, old, dtype))
+    new = old
+    if dtype is not None and _is_cast(leaf, dtype):
+        # Ranges are whole elements: pieces end at whole MiB or with the array, and floating types have 2^n bytes.
+        read, new = _cast_stream(read, old, dtype), dtype
+    if not isinstance(leaf, ForeignArray):
+        return StreamedArray(shape, new, read)
+    kind = leaf.kind if leaf.kind in ("numpy", "key") else ""
+    return StreamedArray(shape, new, read, kind, leaf.impl, leaf.sharding)
 
 
 def _stream_of_boxes(leaf: StoredLeaf) -> Callable[[int, int], Buffer]:

@@ -325,6 +325,11 @@ class ForeignArray:
         return self._leaf.impl
 
     @property
+    def sharding(self) -> dict[str, Any] | None:
+        """How it was sharded, in the words of `describe_sharding`, if the file says so."""
+        return self._leaf.sharding
+
+    @property
     def value(self) -> Any:
         """A Python or NumPy scalar, or a text, where the file has one and no array; else None."""
         if self._leaf.kind != "value":

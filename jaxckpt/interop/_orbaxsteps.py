@@ -42,7 +42,7 @@ Kind = Literal["tree", "step", "steps"]
 def kind_of(store: Store) -> Kind | None:
     """What a directory is; None where it is nothing of Orbax's, or not committed."""
     names = names_in(store)
-    if is_tree(store, names):
+    if is_tree(store, names) or _is_random_key(store, names):
         return "tree"
     if STEP_METADATA_NAME in names or _V1_NAME in names:
         return "step"
@@ -51,6 +51,13 @@ def kind_of(store: Store) -> Kind | None:
     if random_key_name(names) is not None:
         return "tree"
     return "step" if any(_is_item(store.child(name)) for name in _items(names)) else None
+
+
+def _is_random_key(store: Store, names: Collection[str]) -> bool:
+    """Whether a directory says that it is that of one random key; the files of one may also be two items of a step."""
+    if STEP_METADATA_NAME not in names or random_key_name(names) is None:
+        return False
+    return str(metadata_of(store).get("item_handlers")).endswith("RandomKeyCheckpointHandler")
 
 
 def is_committed(store: Store) -> bool:

@@ -72,10 +72,11 @@ class OrbaxCheckpoint(ForeignCheckpoint):
         # Of what is no step, Orbax says the same in its own directory.
         self._said = layout.metadata_of(step_store or store)
         self._items: dict[str, Item] = {}
+        # Of a step, a dict by the names of its items.
         handlers = self._said.get("item_handlers")
         try:
             for name, tree_store in trees.items():
-                handler = handlers.get(tree_store.name) if isinstance(handlers, dict) else None
+                handler = handlers.get(tree_store.name) if isinstance(handlers, dict) else handlers
                 self._items[name] = read_item(tree_store, self._count_read, handler)
         except BaseException:
             self.close()
