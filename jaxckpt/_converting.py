@@ -80,6 +80,9 @@ _NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
 # together shall stay below 200.
 _HOST_BYTES_MAX = 8 * MIB
 
+# Of chunks of the source that are read and decoded at once.
+_SOURCE_BYTES_MAX = 32 * MIB
+
 # Each has a piece in memory, and one is nearly as fast as several with a file that was just written.
 _VERIFYING_THREADS = 1
 
@@ -172,7 +175,7 @@ def convert(
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
       in the other byte order are in memory whole, one at a time; of files on object stores, each that is written; of
-      Orbax's, 64 MiB or some chunks.
+      Orbax's, 64 MiB more, and 32 MiB of chunks, or a single one that is larger.
     """
     began_s = time.perf_counter()
     choices = _Choices(
@@ -231,6 +234,7 @@ def _write(
     """
     digests: dict[str, Callable[[], str]] = {}
     if isinstance(opened, ForeignCheckpoint):
+        opened.bound_memory(_SOURCE_BYTES_MAX)
         names = select_names(opened, choices.select, choices.rename)
         leaves: list[Any] = [opened[name] for name in names.values()]
         tree = nest_selected(opened, names, _forms(list(names), leaves, to, choices.dtype))

@@ -63,6 +63,9 @@ class OrbaxCheckpoint(ForeignCheckpoint):
       step: Number of the step, if it was opened as one of several.
     """
 
+    # Boxes that are read together share chunks, and lie in memory that CPU devices take as it is.
+    is_cheaper_whole = False
+
     def __init__(
         self, store: Store, trees: Mapping[str, Store], step_store: Store | None, step: int | None
     ) -> None:
