@@ -350,6 +350,8 @@ def test_the_newest_committed_step_of_a_manager(copy: Any):
         orbax.open(path / "20", step=3)
     with pytest.raises(NotFoundError, match="is not committed"):
         orbax.open(path / "200.orbax-checkpoint-tmp-17")
+    with pytest.raises(NotFoundError, match="is not committed"):
+        orbax.open(path / "200.orbax-checkpoint-tmp-17" / "state")
     assert not orbax.can_read(path / "400.partial_save")
     assert not orbax.can_read(path / "300")
 
@@ -387,6 +389,39 @@ def test_a_step_with_several_trees_lists_them(written: pathlib.Path):
     np.testing.assert_array_equal(state[1], expected[1])
     whole = orbax.read(path, item="*")
     assert sorted(whole) == ["array", "key", "numpy", "state"]
+
+
+def test_a_tree_that_a_step_lost_is_damage_and_never_left_out(copy: Any, tmp_path: pathlib.Path):
+    path = copy("run-of-many")
+    step = path / "ckpt_00020"
+    (step / "state" / "_METADATA").unlink()
+    (step / "state" / "manifest.ocdbt").unlink()
+    for _ in range(2):
+        for item in ("*", "state"):
+            with pytest.raises(CorruptError, match="says that it is a tree"):
+                orbax.open(path, item=item)
+        with pytest.raises(CorruptError, match="says that it is a tree"):
+            convert(path, tmp_path / "own", overwrite=True)
+        assert_same_leaf(orbax.read(path, item="key"), jax.random.key(20))
+        shutil.rmtree(step / "state", ignore_errors=True)
+
+
+def test_a_step_without_trees_and_items_with_directories(copy: Any):
+    path = copy("run") / "100"
+    document = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+    del document["item_handlers"]["state"]
+    (path / "_CHECKPOINT_METADATA").write_text(json.dumps(document))
+    shutil.rmtree(path / "state")
+    (path / "data" / "worker").mkdir(parents=True)
+    (path / "data" / "worker" / "state.bin").write_bytes(b"\xff")
+    with pytest.raises(NotFoundError, match="has no trees"):
+        orbax.open(path)
+    with orbax.open(path, item="*") as checkpoint:
+        assert checkpoint.keys() == ()
+        assert checkpoint.items == {
+            "config": {"width": 100, "names": ["a", None]},
+            "data": {"worker/state.bin": b"\xff"},
+        }
 
 
 def test_checkpoints_of_v1(written: pathlib.Path):

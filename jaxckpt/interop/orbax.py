@@ -117,7 +117,7 @@ class OrbaxCheckpoint(ForeignCheckpoint):
         return self._record.nodes
 
     def tree(self) -> Any:
-        """The tree as Orbax restores it, with a `ForeignArray` for each leaf; nothing is read."""
+        """The tree as `read` restores it, with a `ForeignArray` for each leaf; nothing is read."""
         return rebuild(self._record.nodes, [self[key] for key in self._leaves])
 
     @functools.cached_property
@@ -340,16 +340,18 @@ def open(
             raise NotFoundError(f"{store.path!r} is one tree, and has no item {item!r}; leave out item=")
         return OrbaxCheckpoint(store, {"": store}, None, step)
     trees = layout.trees_in(store)
-    listed = ", ".join(map(repr, trees)) or "none"
+    listed = ", ".join(map(repr, trees))
     if item == _ALL:
         return OrbaxCheckpoint(store, {name: store.child(name) for name in trees}, store, step)
     if item is None and len(trees) > 1:
         raise CheckpointError(
             f"{store.path!r} has {len(trees)} trees; pass one of them as item=, or {_ALL!r} for all: {listed}"
         )
-    chosen = trees[0] if item is None and trees else item
+    if not trees:
+        raise NotFoundError(f"{store.path!r} has no trees; item={_ALL!r} opens it for what else it has")
+    chosen = trees[0] if item is None else item
     if chosen not in trees:
-        raise NotFoundError(f"{store.path!r} has no tree {item or ''!r}; its trees: {listed}")
+        raise NotFoundError(f"{store.path!r} has no tree {item!r}; its trees: {listed}")
     return OrbaxCheckpoint(store.child(chosen), {"": store.child(chosen)}, store, step)
 
 
@@ -433,7 +435,8 @@ def read(
 ) -> Any:
     """Restores a checkpoint of Orbax's as a tree of JAX arrays, straight onto devices.
 
-    Without ``like`` the result is the tree as Orbax itself restores it, with arrays where they were: the saved mesh is
+    Without ``like`` the result is the tree as Orbax itself restores it, but with integers for the keys of dicts that
+    look like them, and with arrays where they were: the saved mesh is
     built again if the devices allow it, else a smaller one. Typed PRNG keys, Python's numbers and texts come as they
     were, and arrays of NumPy as such. Without ``like``, 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is
     set.
