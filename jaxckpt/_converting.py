@@ -10,8 +10,8 @@ The format of the source is found out, that of the destination is said. A format
    checksum is made while it is written, and compared with what is read.
 
 Values, names and shapes stay what they are, and metadata where a format has it. A checkpoint of ours gets a tree of
-dicts (`nest`), and its arrays no shardings, since other formats have none; those of 64-bit types, which JAX has only
-with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
+dicts (`nest`), unless the source says what the tree was, and what it says of shardings; arrays of 64-bit types, which
+JAX has only with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
 is an error before anything is written. Deliberately not here: devices, and from ours to ours, which is what `restore`
 and `save` are for.
 
@@ -79,6 +79,9 @@ _NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
 # Two pieces, one of which is written while the next is read. JAX itself takes 150 MiB when it is imported, and all
 # together shall stay below 200.
 _HOST_BYTES_MAX = 8 * MIB
+
+# Of chunks of the source that are read and decoded at once.
+_SOURCE_BYTES_MAX = 32 * MIB
 
 # Each has a piece in memory, and one is nearly as fast as several with a file that was just written.
 _VERIFYING_THREADS = 1
@@ -173,7 +176,8 @@ def convert(
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
       in the other byte order are in memory whole, one at a time; of files on object stores, each that is written; of
-      Orbax's, 64 MiB or some chunks.
+      Orbax's, 64 MiB more, and 32 MiB of chunks, or a single one that is larger, as it is stored and decoded: what one
+      device held is one chunk unless it was told otherwise.
     """
     began_s = time.perf_counter()
     choices = _Choices(
@@ -237,6 +241,7 @@ def _write(
     """
     digests: dict[str, Callable[[], str]] = {}
     if isinstance(opened, ForeignCheckpoint):
+        opened.bound_memory(_SOURCE_BYTES_MAX)
         names = select_names(opened, choices.select, choices.rename)
         leaves: list[Any] = [opened[name] for name in names.values()]
         tree = nest_selected(opened, names, _forms(list(names), leaves, to, choices.dtype))
@@ -448,12 +453,14 @@ def _form_of(leaf: Any, to: str, dtype: np.dtype[Any] | None) -> Any:
         read, shape, old = _stream_of_boxes(leaf), leaf.spec.shape, leaf.spec.np_dtype
     else:
         read, shape, old = leaf.stream, leaf.shape, leaf.dtype
-    if dtype is None or not _is_cast(leaf, dtype):
-        if isinstance(leaf, ForeignArray) and leaf.kind in ("numpy", "key"):
-            return StreamedArray(shape, old, read, leaf.kind, leaf.impl)
-        return StreamedArray(shape, old, read)
-    # Ranges are whole elements: pieces end at whole MiB or with the array, and floating types have 2^n bytes.
-    return StreamedArray(shape, dtype, _cast_stream(read, old, dtype))
+    new = old
+    if dtype is not None and _is_cast(leaf, dtype):
+        # Ranges are whole elements: pieces end at whole MiB or with the array, and floating types have 2^n bytes.
+        read, new = _cast_stream(read, old, dtype), dtype
+    if not isinstance(leaf, ForeignArray):
+        return StreamedArray(shape, new, read)
+    kind = leaf.kind if leaf.kind in ("numpy", "key") else ""
+    return StreamedArray(shape, new, read, kind, leaf.impl, leaf.sharding)
 
 
 def _stream_of_boxes(leaf: StoredLeaf) -> Callable[[int, int], Buffer]:

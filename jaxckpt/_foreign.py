@@ -117,10 +117,12 @@ class ForeignCheckpoint(abc.ABC):
     Attributes:
       separator: What stands between the parts of a name; None where names have none.
       is_nested: Whether the names make up a tree, so that a restore without ``like`` gives nested dicts.
+      is_cheaper_whole: Whether boxes that make up an array are better read as one and cut, as where that verifies it.
     """
 
     separator: str | None = "/"
     is_nested = False
+    is_cheaper_whole = True
 
     def __init__(self, path: str, format_name: str) -> None:
         self.path = path
@@ -327,6 +329,11 @@ class ForeignArray:
     def impl(self) -> str | None:
         """Name of the PRNG implementation, for keys."""
         return self._leaf.impl
+
+    @property
+    def sharding(self) -> dict[str, Any] | None:
+        """How it was sharded, in the words of `describe_sharding`, if the file says so."""
+        return self._leaf.sharding
 
     @property
     def value(self) -> Any:
@@ -900,7 +907,7 @@ def _read_leaf(
     if view is not None:
         return {box: view[tuple(map(slice, *box))] for box in boxes}
     elements = sum(math.prod(stop - start for start, stop in zip(*box, strict=True)) for box in boxes)
-    if elements < math.prod(spec.shape):
+    if elements < math.prod(spec.shape) or not source.checkpoint.is_cheaper_whole:
         return dict(zip(boxes, source.read_boxes(number, list(boxes)), strict=True))
     # Many formats have one checksum for an array, so that reading it whole is the only way to verify it.
     array = source.read_box(number, whole)

@@ -48,11 +48,13 @@ class Template:
       spec: For the manifest; its chunk shape and sharding index are filled in later.
       sharding: Sharding of the array, or None for host data.
       extent: For the layout; None for values.
+      descriptor: How host data shall be sharded when it is restored, in the words of `describe_sharding`.
     """
 
     spec: LeafSpec
     sharding: Sharding | None
     extent: LeafExtent | None
+    descriptor: dict[str, Any] | None = None
 
 
 @final
@@ -70,6 +72,8 @@ class StreamedArray:
         save.
       kind: ``"array"``, ``"numpy"``, or ``"key"`` for the data of typed PRNG keys; by default what the dtype allows.
       impl: Name of the PRNG implementation, for keys.
+      sharding: How it is sharded when it is restored, in the words of `describe_sharding`; None leaves it uncommitted.
+        Equal ones should be one object, as they are told apart by that.
     """
 
     shape: tuple[int, ...]
@@ -77,6 +81,7 @@ class StreamedArray:
     read: Callable[[int, int], Buffer]
     kind: str = ""
     impl: str | None = None
+    sharding: dict[str, Any] | None = None
 
 
 Data = jax.Array | np.ndarray[Any, Any] | StreamedArray
@@ -302,8 +307,10 @@ def _inspect_streamed(leaf: StreamedArray) -> _Leaf:
     is_for_jax = is_jax_dtype(leaf.dtype) and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
     kind = leaf.kind or ("array" if is_for_jax else "numpy")
     dtype = describe_dtype(leaf.dtype)
-    spec = LeafSpec(kind=kind, dtype=dtype, shape=leaf.shape, committed=kind == "numpy", impl=leaf.impl)
-    return _Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype)), data=leaf)
+    descriptor = None if kind == "numpy" else leaf.sharding
+    is_committed = kind == "numpy" or descriptor is not None
+    spec = LeafSpec(kind=kind, dtype=dtype, shape=leaf.shape, committed=is_committed, impl=leaf.impl)
+    return _Leaf(Template(spec, None, _host_extent(leaf.shape, leaf.dtype), descriptor), data=leaf)
 
 
 def _inspect_value(leaf: Any) -> _Leaf:

@@ -89,6 +89,7 @@ def match_leaves(
       MismatchError: With every difference that is not allowed.
     """
     kept = set(unselected)
+    saved = _with_texts_of_like(saved, like_keys)
     matches: list[Match] = []
     problems: list[Problem] = []
     advice: set[str] = set()
@@ -131,6 +132,21 @@ def match_leaves(
             list_problems(headline, problems, [hint for hint in _ADVICE if hint in advice]), problems
         )
     return matches
+
+
+def _with_texts_of_like(
+    saved: Mapping[str, int | Source], like_keys: Sequence[str]
+) -> Mapping[str, int | Source]:
+    """What has the key of an integer gets that of the text which ``like`` has instead of it, as ``"7"`` of 7.
+
+    Formats that write all keys of dicts as text do not say which of them it was.
+    """
+    texts = {key.replace("/~s", "/").removeprefix("~s"): key for key in like_keys if "~s" in key}
+    wanted = set(like_keys) if texts else set[str]()
+    texts = {
+        old: new for old, new in texts.items() if old in saved and old not in wanted and new not in saved
+    }
+    return {texts.get(key, key): leaf for key, leaf in saved.items()} if texts else saved
 
 
 def match_source(

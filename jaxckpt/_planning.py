@@ -84,14 +84,17 @@ class SavePlan:
         index = np.zeros(len(self.kinds.templates), np.uint32)
         for leaf, template in enumerate(self.kinds.templates):
             sharding = None
+            descriptor = template.descriptor
             if template.sharding is not None:
                 descriptor = describe_sharding(template.sharding)
+            if descriptor is not None:
                 sharding = shardings.setdefault(id(descriptor), len(descriptors))
                 if sharding == len(descriptors):
                     descriptors.append(descriptor)
             # Shardings and device templates are remembered objects; host arrays are compared by what they are.
             identity = (
                 id(template) if template.sharding is not None else repr(template.spec),
+                sharding,
                 self.writes.chunk_shapes[leaf],
             )
             if identity not in numbers:

@@ -103,6 +103,12 @@ def write_all(directory: pathlib.Path) -> None:
     ocp.PyTreeCheckpointer().save(directory / "pytree", tree)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "standard", plain)
+    for name, handler, item in (
+        ("array", ocp.ArrayCheckpointHandler(), plain["params"]["mlp/~/linear"]["w"]),
+        ("key", ocp.JaxRandomKeyCheckpointHandler(), jax.random.key(5)),
+        ("numpy-key", ocp.NumpyRandomKeyCheckpointHandler(), np.random.RandomState(5).get_state()),
+    ):
+        ocp.Checkpointer(handler).save(directory / name, item)
     small_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=16), tree)
     for name, zarr3 in (("chunks", False), ("chunks-zarr3", True)):
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=zarr3)

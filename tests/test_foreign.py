@@ -483,6 +483,15 @@ def test_an_array_that_is_needed_whole_is_read_whole_so_that_it_can_be_verified(
     assert checkpoint.boxes == [("w", ((0, 0), (4, 6)))]
 
 
+def test_an_array_in_chunks_is_read_in_the_boxes_of_its_devices():
+    checkpoint = MemoryCheckpoint({"w": W})
+    checkpoint.is_cheaper_whole = False
+    sharding = NamedSharding(make_mesh({"x": 2, "y": 2}), P("x"))
+    tree = restore_foreign(checkpoint, sharding=lambda _key, _struct: sharding)
+    np.testing.assert_array_equal(tree["w"], W)
+    assert sorted(checkpoint.boxes) == [("w", ((0, 0), (2, 6))), ("w", ((2, 0), (4, 6)))]
+
+
 def test_what_is_not_wanted_is_not_read():
     checkpoint = adam_like()
     restore_foreign(checkpoint, select="dense/*")

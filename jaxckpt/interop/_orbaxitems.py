@@ -130,7 +130,7 @@ class Item:
 
 
 def read_file(store: Store, name: str, bytes_max: int = _TEXT_BYTES_MAX) -> bytes | None:
-    """A small file; None where there is none.
+    """A small file; None where there is none, or a directory.
 
     Raises:
       CheckpointError: Storage did not give it.
@@ -138,7 +138,7 @@ def read_file(store: Store, name: str, bytes_max: int = _TEXT_BYTES_MAX) -> byte
     """
     try:
         data = store.read(name, bytes_max)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {store.path}/{name}: {error}") from error
@@ -204,7 +204,7 @@ def read_item(store: Store, count: Callable[[int], None], handler: Any = None) -
       handler: Name of the class that wrote it, as far as that is known.
 
     Raises:
-      NotFoundError: There is none.
+      NotFoundError: There is none, and nothing says that there is.
       FormatError: It describes no tree.
       CorruptError: It is damaged.
       CheckpointError: Storage did not give it.
@@ -215,6 +215,8 @@ def read_item(store: Store, count: Callable[[int], None], handler: Any = None) -
         is_array = str(handler).endswith(".ArrayCheckpointHandler") or METADATA_NAME not in names
         return _as_array(item) if is_array else item
     key = random_key_name(names)
+    if key is None and handler is not None:
+        raise corrupt(store.path, "missing", f"has no {METADATA_NAME}, and the step says that it is a tree")
     if key is None:
         raise NotFoundError(f"no tree of Orbax's at {store.path!r}")
     return _read_random_key(store, key, count)

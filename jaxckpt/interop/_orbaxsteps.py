@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 from jaxckpt._errors import CheckpointError, NotFoundError
@@ -33,8 +33,14 @@ _V1_NAME = "orbax.checkpoint"
 # What names of things have that are still being written; `v1.partial` has a name of its own.
 _TEMPORARY = re.compile(r".*\.(?:orbax-checkpoint-tmp.*|partial_save)")
 
+# Classes that write trees and random keys.
+_TREE_HANDLER = re.compile(
+    r"orbax\..*\.(?:PyTree|Standard|Array|JaxRandomKey|NumpyRandomKey)(?:Checkpoint)?Handler"
+)
+
 _STEP = re.compile(r"(?:.*_)?([0-9]{1,18})")
 _FILES_BYTES_MAX = 1 << 26
+_DEPTH_MAX = 16
 
 Kind = Literal["tree", "step", "steps"]
 
@@ -42,7 +48,7 @@ Kind = Literal["tree", "step", "steps"]
 def kind_of(store: Store) -> Kind | None:
     """What a directory is; None where it is nothing of Orbax's, or not committed."""
     names = names_in(store)
-    if is_tree(store, names):
+    if is_tree(store, names) or _is_random_key(store, names):
         return "tree"
     if STEP_METADATA_NAME in names or _V1_NAME in names:
         return "step"
@@ -53,9 +59,16 @@ def kind_of(store: Store) -> Kind | None:
     return "step" if any(_is_item(store.child(name)) for name in _items(names)) else None
 
 
+def _is_random_key(store: Store, names: Collection[str]) -> bool:
+    """Whether a directory says that it is that of one random key; the files of one may also be two items of a step."""
+    if STEP_METADATA_NAME not in names or random_key_name(names) is None:
+        return False
+    return str(metadata_of(store).get("item_handlers")).endswith("RandomKeyCheckpointHandler")
+
+
 def is_committed(store: Store) -> bool:
-    """Whether what is in a directory is whole, as far as the names say."""
-    if _TEMPORARY.fullmatch(store.name):
+    """Whether what is in a directory is whole, as far as the names say: its own, and that of the step of an item."""
+    if any(_TEMPORARY.fullmatch(name) for name in store.path.split("/")[-2:]):
         return False
     return "://" not in store.path or store.exists(_COMMIT_NAME)
 
@@ -103,23 +116,39 @@ def _items(names: Collection[str]) -> list[str]:
 
 
 def trees_in(store: Store) -> list[str]:
-    """The items of a step that are trees or random keys, by name."""
+    """The items of a step that are trees or random keys, by name; those that it says it has, and lacks, too."""
     record = read_json(store, _DELETION_NAME)
     deleted = record.get("checkpointable_name") if isinstance(record, dict) else None
+    said = _said_trees(store)
     found: list[str] = []
-    for name in _items(names_in(store)):
+    for name in sorted({*_items(names_in(store)), *said}):
         child = store.child(name)
         names = names_in(child)
-        if name != deleted and (is_tree(child, names) or random_key_name(names) is not None):
+        is_there = is_tree(child, names) or random_key_name(names) is not None
+        if name != deleted and (is_there or name in said):
             found.append(name)
     return found
+
+
+def _said_trees(store: Store) -> set[str]:
+    """The items that a step says to be trees; Orbax does so from 0.11 on."""
+    handlers = metadata_of(store).get("item_handlers")
+    pairs = handlers.items() if isinstance(handlers, dict) else ()
+    return {
+        name
+        for name, handler in pairs
+        if isinstance(handler, str)
+        and _TREE_HANDLER.fullmatch(handler)
+        and name not in ("", ".", "..")
+        and "/" not in name
+    }
 
 
 def values_in(store: Store) -> dict[str, Any]:
     """The items of a step that are neither trees nor metrics.
 
     Returns:
-      What a JSON file says; of other files their bytes, by their names.
+      What a JSON file says; of other files their bytes, by their names, and by their paths if they lie deeper.
 
     Raises:
       CorruptError: They are damaged, or far too large.
@@ -129,12 +158,7 @@ def values_in(store: Store) -> dict[str, Any]:
     for name in _items(names_in(store)):
         if name in trees or name == _METRICS_NAME:
             continue
-        child = store.child(name)
-        files: dict[str, bytes] = {}
-        for file in names_in(child):
-            data = read_file(child, file, _FILES_BYTES_MAX) if file != _COMMIT_NAME else None
-            if data is not None:
-                files[file] = data
+        files = dict(_files_in(store.child(name), ""))
         if len(files) == 1:
             (data,) = files.values()
             try:
@@ -145,6 +169,18 @@ def values_in(store: Store) -> dict[str, Any]:
         if files:
             found[name] = files
     return found
+
+
+def _files_in(store: Store, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """The files of an item, each with its path."""
+    if prefix.count("/") > _DEPTH_MAX:
+        raise CheckpointError(f"{store.path!r} is a directory too deep to be read")
+    for name in names_in(store):
+        data = read_file(store, name, _FILES_BYTES_MAX) if name != _COMMIT_NAME else None
+        if data is not None:
+            yield f"{prefix}{name}", data
+        elif name != _COMMIT_NAME:
+            yield from _files_in(store.child(name), f"{prefix}{name}/")
 
 
 def metrics_in(store: Store) -> dict[str, float]:
@@ -200,6 +236,6 @@ def no_checkpoint(store: Store) -> NotFoundError:
             f"\nin an object store, a checkpoint without {_COMMIT_NAME} is not committed; if this one was copied "
             "whole from a local directory, put an empty object of that name there"
         )
-    elif _TEMPORARY.fullmatch(store.name):
+    elif not is_committed(store):
         advice = "\na directory with such a name is not committed"
     return NotFoundError(f"no checkpoint of Orbax's at {store.path!r}{advice}")

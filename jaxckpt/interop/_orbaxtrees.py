@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxckpt._keys import DEPTH_MAX, LEAF_NODE, NONE_NODE, escape_component
+from jaxckpt._manifest import RANK_MAX
 
 from ._zarrays import parse_json
 
@@ -45,6 +46,7 @@ EMPTY_NODES: Mapping[str, Any] = {
 
 # Far more devices than any machine has; a hint must not make a mesh that takes memory.
 _DEVICES_MAX = 1 << 22
+_DEVICE_IDS = range(1 << 31)
 _AXIS_TYPES = ("Auto", "Explicit", "Manual")
 
 
@@ -308,7 +310,7 @@ def _dict_key(name: str) -> str | int:
 def parse_shardings(data: bytes) -> dict[str, dict[str, Any]]:
     """Of each array, by its name, the sharding that it had, in the words of `jaxckpt._shardings`.
 
-    Arrays on the default device have none: they are placed as new arrays are.
+    Arrays on the default device have none: they are placed as new arrays are. Equal ones are one object.
     """
     try:
         document = parse_json(data)
@@ -316,10 +318,13 @@ def parse_shardings(data: bytes) -> dict[str, dict[str, Any]]:
         _log.info("the shardings that Orbax saved cannot be read, and are left out: %s", error)
         return {}
     found: dict[str, dict[str, Any]] = {}
+    known: dict[Any, dict[str, Any] | None] = {}
     pairs: list[tuple[str, Any]] = list(document.items()) if isinstance(document, dict) else []
     for name, text in pairs:
         try:
-            sharding = _parse_sharding(parse_json(text))
+            if text not in known:
+                known[text] = _parse_sharding(parse_json(text))
+            sharding = known[text]
             if sharding is not None:
                 found[base64.urlsafe_b64decode(name).decode()] = sharding
         except (ValueError, TypeError, KeyError, AttributeError, binascii.Error) as error:
@@ -345,7 +350,7 @@ def _parse_sharding(document: Any) -> dict[str, Any] | None:
         raise ValueError(f"impossible types of axes {str(kinds)[:80]}")
     spec = [_parse_dimension(entry) for entry in document["partition_spec"]]
     used = [name for entry in spec for name in entry or ()]
-    if len(set(used)) < len(used) or not set(used) <= set(names):
+    if len(set(used)) < len(used) or not set(used) <= set(names) or len(spec) > RANK_MAX:
         raise ValueError(f"impossible partition spec {str(spec)[:80]}")
     mesh = document.get("device_mesh")
     ids = _flat_ids(mesh["mesh"], len(sizes)) if mesh else []
@@ -362,9 +367,10 @@ def _parse_sharding(document: Any) -> dict[str, Any] | None:
 def _are_axes(names: Any, sizes: Any) -> bool:
     if not isinstance(names, list) or not isinstance(sizes, list) or len(names) != len(sizes):
         return False
-    are_names = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+    are_names = all(isinstance(name, str) and name and _is_text(name) for name in names)
     return (
         are_names
+        and len(set(names)) == len(names) <= RANK_MAX
         and all(type(size) is int and size > 0 for size in sizes)
         and math.prod(sizes) <= _DEVICES_MAX
     )
@@ -385,6 +391,6 @@ def _flat_ids(mesh: Any, rank: int) -> list[int]:
     for _ in range(rank):
         level = [inner for each in level for inner in each]
     ids = [device["id"] for device in level]
-    if not all(type(number) is int for number in ids):
-        raise ValueError("a device without an id")
+    if not all(type(number) is int and number in _DEVICE_IDS for number in ids) or len(set(ids)) < len(ids):
+        raise ValueError("devices without an id, or with the same")
     return ids

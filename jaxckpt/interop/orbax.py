@@ -63,6 +63,9 @@ class OrbaxCheckpoint(ForeignCheckpoint):
       step: Number of the step, if it was opened as one of several.
     """
 
+    # Boxes that are read together share chunks, and lie in memory that CPU devices take as it is.
+    is_cheaper_whole = False
+
     def __init__(
         self, store: Store, trees: Mapping[str, Store], step_store: Store | None, step: int | None
     ) -> None:
@@ -72,10 +75,11 @@ class OrbaxCheckpoint(ForeignCheckpoint):
         # Of what is no step, Orbax says the same in its own directory.
         self._said = layout.metadata_of(step_store or store)
         self._items: dict[str, Item] = {}
+        # Of a step, a dict by the names of its items.
         handlers = self._said.get("item_handlers")
         try:
             for name, tree_store in trees.items():
-                handler = handlers.get(tree_store.name) if isinstance(handlers, dict) else None
+                handler = handlers.get(tree_store.name) if isinstance(handlers, dict) else handlers
                 self._items[name] = read_item(tree_store, self._count_read, handler)
         except BaseException:
             self.close()
@@ -113,7 +117,7 @@ class OrbaxCheckpoint(ForeignCheckpoint):
         return self._record.nodes
 
     def tree(self) -> Any:
-        """The tree as Orbax restores it, with a `ForeignArray` for each leaf; nothing is read."""
+        """The tree as `read` restores it, with a `ForeignArray` for each leaf; nothing is read."""
         return rebuild(self._record.nodes, [self[key] for key in self._leaves])
 
     @functools.cached_property
@@ -336,16 +340,18 @@ def open(
             raise NotFoundError(f"{store.path!r} is one tree, and has no item {item!r}; leave out item=")
         return OrbaxCheckpoint(store, {"": store}, None, step)
     trees = layout.trees_in(store)
-    listed = ", ".join(map(repr, trees)) or "none"
+    listed = ", ".join(map(repr, trees))
     if item == _ALL:
         return OrbaxCheckpoint(store, {name: store.child(name) for name in trees}, store, step)
     if item is None and len(trees) > 1:
         raise CheckpointError(
             f"{store.path!r} has {len(trees)} trees; pass one of them as item=, or {_ALL!r} for all: {listed}"
         )
-    chosen = trees[0] if item is None and trees else item
+    if not trees:
+        raise NotFoundError(f"{store.path!r} has no trees; item={_ALL!r} opens it for what else it has")
+    chosen = trees[0] if item is None else item
     if chosen not in trees:
-        raise NotFoundError(f"{store.path!r} has no tree {item or ''!r}; its trees: {listed}")
+        raise NotFoundError(f"{store.path!r} has no tree {item!r}; its trees: {listed}")
     return OrbaxCheckpoint(store.child(chosen), {"": store.child(chosen)}, store, step)
 
 
@@ -429,7 +435,8 @@ def read(
 ) -> Any:
     """Restores a checkpoint of Orbax's as a tree of JAX arrays, straight onto devices.
 
-    Without ``like`` the result is the tree as Orbax itself restores it, with arrays where they were: the saved mesh is
+    Without ``like`` the result is the tree as Orbax itself restores it, but with integers for the keys of dicts that
+    look like them, and with arrays where they were: the saved mesh is
     built again if the devices allow it, else a smaller one. Typed PRNG keys, Python's numbers and texts come as they
     were, and arrays of NumPy as such. Without ``like``, 64-bit types come as NumPy arrays unless ``jax_enable_x64`` is
     set.
