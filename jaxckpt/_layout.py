@@ -198,6 +198,8 @@ def cut_shard(shape: tuple[int, ...], itemsize: int, chunk_bytes_max: int) -> tu
 
 def is_divisible(extent: LeafExtent, chunk_bytes_max: int) -> bool:
     """Whether the shards of a leaf can be cut into chunks that are few enough."""
+    if 0 in extent.shape:
+        return True
     chunk = cut_shard(extent.shard_shape, extent.itemsize, chunk_bytes_max)
     return math.prod(extent.shard_shape) // math.prod(chunk) <= _CHUNKS_MAX
 
