@@ -30,7 +30,7 @@ import math
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, final
 
 import numpy as np
@@ -380,7 +380,7 @@ class BucketStore(Store):
                 inside.add(rest.partition("/")[0])
         return {child: sorted(names) for child, names in sorted(below.items())}
 
-    def fingerprints(self, name: str, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
+    def fingerprints(self, name: str, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
         # Whoever replaces a checkpoint gives it a new directory of data, so that the names of a child's directories
         # tell its manifests from one another, but for the moment in which the old data are still there.
         directories: dict[str, set[str]] = {}
@@ -395,10 +395,8 @@ class BucketStore(Store):
                 directories[child].add(inside)
             elif inside == name:
                 found.add(child)
-        return {
-            child: self._listed_fingerprint(f"{child}/{name}", inside) if child in found else None
-            for child, inside in sorted(directories.items())
-        }
+        for child, inside in sorted(directories.items()):
+            yield child, self._listed_fingerprint(f"{child}/{name}", inside) if child in found else None
 
     def _listed_fingerprint(self, name: str, directories: set[str]) -> Any:
         """The name of the one directory beside an object, or more than a listing says."""

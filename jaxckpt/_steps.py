@@ -107,29 +107,41 @@ class StepDirectory:
 
     def committed(self) -> dict[int, str]:
         """Directory of each committed step, ascending."""
-        return {step: name for step, (name, _) in self._committed().items()}
+        return self._look_for_committed(None)
 
     def fingerprints(self) -> dict[int, Any]:
         """Of each committed step, ascending, something that changes when its checkpoint is replaced."""
-        return {step: fingerprint for step, (_, fingerprint) in self._committed().items()}
+        fingerprints: dict[str, Any] = {}
+        return {step: fingerprints[name] for step, name in self._look_for_committed(fingerprints).items()}
 
-    def _committed(self) -> dict[int, tuple[str, Any]]:
-        """Directory of each committed step and the fingerprint of its manifest, ascending."""
+    def _look_for_committed(self, fingerprints: dict[str, Any] | None) -> dict[int, str]:
+        """Directory of each committed step, ascending.
+
+        Args:
+          fingerprints: Gets the fingerprint of each directory with a manifest. None: a thousand of them would set off
+            a search for garbage, ten times as long as the listing.
+        """
         looked_at: set[str] | None = None
         while True:
-            listed = self._store.fingerprints(MANIFEST_NAME, self._is_candidate)
-            if self._store.is_remote:
-                self._has_other_names = any(name != self._name_of(self._step_of(name)) for name in listed)
-            found: dict[int, tuple[str, Any]] = {}
-            for name, fingerprint in listed.items():
+            seen: set[str] = set()
+            found: dict[int, str] = {}
+            has_other_names = False
+            for name, fingerprint in self._store.fingerprints(MANIFEST_NAME, self._is_candidate):
+                seen.add(name)
                 step = self._step_of(name)
+                is_usual = name == self._name_of(step)
+                has_other_names |= not is_usual
                 # Of two widths for one step the manager's own counts, else the one that sorts first.
-                if fingerprint is not None and (step not in found or name == self._name_of(step)):
-                    found[step] = name, fingerprint
+                if fingerprint is not None and (step not in found or is_usual):
+                    found[step] = name
+                if fingerprint is not None and fingerprints is not None:
+                    fingerprints[name] = fingerprint
+            if self._store.is_remote:
+                self._has_other_names = has_other_names
             # Steps that are gone before they are looked at may have been deleted for younger ones, not yet listed.
-            if found or set(listed) in (set(), looked_at):
+            if found or seen in (set(), looked_at):
                 return {step: found[step] for step in sorted(found)}
-            looked_at = set(listed)
+            looked_at = seen
 
     def _is_candidate(self, name: str) -> bool:
         """Whether a name may be a step's directory."""
@@ -174,8 +186,9 @@ class StepDirectory:
         """What the committed steps say of themselves, ascending; those with damaged manifests are left out."""
         found: list[StepRecord] = []
         with self._lock:
-            for step, (name, fingerprint) in self._committed().items():
-                record = self._record(step, name, fingerprint)
+            fingerprints: dict[str, Any] = {}
+            for step, name in self._look_for_committed(fingerprints).items():
+                record = self._record(step, name, fingerprints[name])
                 if record is not None:
                     found.append(record)
             present = {record.name for record in found}
@@ -260,7 +273,7 @@ class StepDirectory:
     def sweep(self) -> None:
         """Deletes what saves left that were never committed; what cannot be deleted does not keep the rest."""
         listed = self._store.fingerprints(MANIFEST_NAME, self._is_candidate)
-        uncommitted = [name for name, fingerprint in listed.items() if fingerprint is None]
+        uncommitted = [name for name, fingerprint in listed if fingerprint is None]
         _call_all([functools.partial(self._sweep_uncommitted, name) for name in uncommitted])
 
     def _sweep_uncommitted(self, name: str) -> None:
@@ -314,7 +327,7 @@ class StepDirectory:
         """The steps that are marked."""
         steps = {record.name: record.step for record in records}
         marks = self._store.fingerprints(PIN_NAME, steps.__contains__)
-        return {steps[name] for name, mark in marks.items() if mark is not None}
+        return {steps[name] for name, mark in marks if mark is not None}
 
     # --- the cache --------------------------------------------------------------------------------------------
 

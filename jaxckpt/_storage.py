@@ -218,14 +218,16 @@ class Store(abc.ABC):
                 below[name] = []
         return below
 
-    def fingerprints(self, name: str, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
-        """The `fingerprint` of the object of a name in each child.
+    def fingerprints(self, name: str, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
+        """Each child with the `fingerprint` of the object of a name in it.
 
         Args:
           name: Of the object.
           is_wanted: Which of `names` are looked at.
         """
-        return {child: self.fingerprint(f"{child}/{name}") for child in self.names() if is_wanted(child)}
+        for child in self.names():
+            if is_wanted(child):
+                yield child, self.fingerprint(f"{child}/{name}")
 
     @abc.abstractmethod
     def delete(self, name: str) -> None:
