@@ -44,7 +44,7 @@ def make(seed):
     inner = keras.Sequential([dense, keras.layers.Dropout(0.3)], name="inner")
     inputs = keras.Input(batch_shape=(8, 3, 4))
     x = inner(inner(inputs))
-    x = keras.layers.GRU(3, stateful=True, recurrent_dropout=0.1, name="gru")(x)
+    x = keras.layers.SimpleRNN(3, stateful=True, recurrent_dropout=0.1, unroll=True, name="rnn")(x)
     x = keras.layers.GaussianNoise(0.1)(x)
     outputs = keras.layers.Dense(2, name="head")(keras.layers.BatchNormalization()(x))
     model = keras.Model(inputs, outputs, name="model")

@@ -486,7 +486,8 @@ def test_two_managers_save_into_one_directory_in_turns(place: Place) -> None:
             assert manager.metrics(step) == {"number": step}
 
 
-def test_many_steps_are_listed_and_saved_with_as_few_requests_as_one(place: Place) -> None:
+def test_many_steps_are_listed_and_saved_with_as_few_requests_as_one(s3_place: Place) -> None:
+    place = s3_place
     assert place.remote is not None
     proxy = place.remote.proxy
     found: dict[int, dict[str, dict[str, int]]] = {}
