@@ -417,7 +417,10 @@ class _Zygote:
 
     def run(self, script: _Script) -> int:
         _send(self._socket, ("run", script))
-        return self._answer()
+        pid: int = self._answer()
+        # Ids come again in a long session.
+        self._exit_codes.pop(pid, None)
+        return pid
 
     def reap(self, pid: int) -> int:
         if pid not in self._exit_codes:
