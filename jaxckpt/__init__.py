@@ -62,7 +62,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _retention    which steps stay; pure
     _preemption   learning that this process will be ended
     _store        objects in local files
-    _buckets      objects in object stores; the only module that imports tensorstore
+    _buckets      objects in object stores; the only one of these that imports tensorstore
     _storage      what every store does; the memory that objects are read into
     _intermediates   values inside of a function that have a name; which inputs it uses
     _dtypes       names of dtypes, and their bytes on disk

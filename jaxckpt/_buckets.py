@@ -1,7 +1,8 @@
 """How do objects get to an object store and back?
 
 `BucketStore` is a prefix of a bucket (``s3://bucket/prefix``, ``gs://bucket/prefix``) or of this process's memory
-(``memory://prefix``), through TensorStore's drivers. This is the only module that imports tensorstore.
+(``memory://prefix``), through TensorStore's drivers. Beside this module only
+`interop._zarrays`, which reads the arrays of others, imports tensorstore.
 
 An object store takes an object in one request, which either happens or does not: an object is seen whole or not at
 all, it is durable when the request is answered, and a request that was sent twice has the effect of one. So there is

@@ -49,8 +49,8 @@ class SaveOptions:
         transfer takes; where it is refused, this is ``"pinned"``. ``"auto"``: ``"pool"`` on CPU; on accelerators
         ``"device"`` if memory has room beside all that was in use at its peak, else ``"pinned"``. That is by
         reasoning: ``python -m benchmarks.gpu`` measures it. In a blocking `save` ``"device"`` is ``"pinned"``.
-      io_threads: Threads that checksum and write. Default 4, also on two cores: as fast as 8 on a disk, where they
-        mostly wait, and a tenth faster than 8 in memory (jaxckpt/DESIGN.md, "Input and output").
+      io_threads: Threads that checksum and write. Default 8, also on two cores: they mostly wait, and past the page
+        cache they are a tenth faster than 4 (jaxckpt/DESIGN.md, "Input and output").
       timeout_s: Most seconds that a process of a group waits for the others at one point of a save. A failure is
         known everywhere in about a second; this is for processes that hang. Default 600, as long as a large save
         takes on slow storage.

@@ -50,9 +50,11 @@ def no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_url_says_where_and_how(no_aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_says_where_and_how(
+    no_aws: None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/secrets")
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     place, access = parse_url(
         "s3://bucket/a/run?endpoint=http://127.0.0.1:9000&aws_region=eu-west-1&requester_pays=true&max_retries=2"
         "&initial_delay=1ms&max_delay=3ms&request_concurrency=7&timeout_s=9&profile=me"
@@ -72,7 +74,7 @@ def test_a_url_says_where_and_how(no_aws: None, monkeypatch: pytest.MonkeyPatch)
             "type": "profile",
             "profile": "me",
             "credentials_file": "/secrets",
-            "config_file": "/home/me/.aws/config",
+            "config_file": str(tmp_path / ".aws" / "config"),
         },
     }
 

@@ -246,9 +246,8 @@ def write_files(
                     store.delete(name)
             raise
         meter.enter("commit")
-        store.publish(
-            INDEX_NAME, _index_of(names, files)
-        )  # where this fails, either index has all of its files
+        # Where this fails, either index has all of its files.
+        store.publish(INDEX_NAME, _index_of(names, files))
         stale = [single_name, *old_names]
     for name in stale:
         if name in there:
