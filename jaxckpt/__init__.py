@@ -13,7 +13,10 @@ The modules, in the order in which to read them. Each imports only from those th
     _resuming     which of them a run goes on from
     _uploading    committed steps go on to a second tier
     _copying      a checkpoint goes to another store, verified
-    _foreign      checkpoints of other libraries, read and restored as ours are
+    _adopting     checkpoints of other libraries, restored as ours are
+    _addressing   which of their arrays like, select and rename speak of
+    _foreign      what an open checkpoint of another library is
+    _nesting      names in foreign files <-> keys of trees; pure
     _checkpoint   the story: save, save_async, restore, open. Start here
     _execution    the command that runs a stored program
     _inspect      describe, verify, diff

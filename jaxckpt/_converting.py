@@ -1,7 +1,7 @@
 """How does a checkpoint of one library become a checkpoint of another?
 
 The format of the source is found out, that of the destination is said. A format of another library is a module of
-`jaxckpt.interop` with the verbs ``open`` and ``write``; its arrays are read as `_foreign` describes.
+`jaxckpt.interop` with the verbs ``open`` and ``write``; what it opens is a `ForeignCheckpoint`.
 
 1. The arrays are listed, selected and renamed by name. Nothing is read yet.
 2. They are streamed: a few MiB of an array are read, cast if that was asked for, and written, then the next. Neither
@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
+from ._addressing import nest_selected, select_names
 from ._config import MIB, PIECE_BYTES, RestoreOptions, SaveOptions
 from ._dtypes import dtype_from
 from ._errors import (
@@ -47,7 +48,7 @@ from ._errors import (
     UnsupportedLeafError,
     list_problems,
 )
-from ._foreign import ForeignArray, ForeignCheckpoint, nest_selected, select_names
+from ._foreign import ForeignArray, ForeignCheckpoint
 from ._inspect import format_count, verify
 from ._keys import flatten
 from ._layout import flat_boxes

@@ -25,8 +25,8 @@ from jaxckpt import (
 )
 from jaxckpt._cli import main
 from jaxckpt._converting import convert
-from jaxckpt._foreign import keys_of_names
 from jaxckpt._leaves import StreamedArray
+from jaxckpt._nesting import keys_of_names
 from jaxckpt.interop import tensorflow
 
 from .helpers import assert_same_leaf, assert_same_tree, run_program

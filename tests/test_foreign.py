@@ -20,15 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 import jaxckpt
 from jaxckpt import CorruptError, MismatchError, RestoreOptions
-from jaxckpt._foreign import (
-    ForeignCheckpoint,
-    ForeignLeaf,
-    keys_of_names,
-    name_of_key,
-    nest,
-    restore_foreign,
-)
+from jaxckpt._adopting import restore_foreign
+from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._keys import flatten
+from jaxckpt._nesting import keys_of_names, name_of_key, nest
 
 from .helpers import assert_same_leaf, make_mesh
 

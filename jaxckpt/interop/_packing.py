@@ -28,8 +28,8 @@ from jaxckpt._errors import (
     list_problems,
     printable_key,
 )
-from jaxckpt._foreign import name_of_key
 from jaxckpt._keys import flatten, rebuild
+from jaxckpt._nesting import name_of_key
 from jaxckpt._progress import Progress, ProgressMeter
 from jaxckpt._storage import Buffer
 from jaxckpt._store import open_store

@@ -31,8 +31,8 @@ from jaxckpt._errors import (
     list_problems,
     printable_key,
 )
-from jaxckpt._foreign import name_of_key
 from jaxckpt._keys import flatten
+from jaxckpt._nesting import name_of_key
 from jaxckpt._progress import Progress, ProgressMeter
 from jaxckpt._storage import Store
 from jaxckpt._store import open_store

@@ -26,10 +26,12 @@ from typing import Any, final
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxckpt._adopting import restore_foreign
 from jaxckpt._config import RestoreOptions
 from jaxckpt._errors import CheckpointError, NotFoundError
-from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, keys_of_names, name_of_key, restore_foreign
+from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._naming import Rename, Select
+from jaxckpt._nesting import keys_of_names, name_of_key
 from jaxckpt._storage import Buffer, allocate_aligned
 
 from ._files import SourceFile, absolute_path, is_url, join_path, list_directory, read_box

@@ -35,6 +35,7 @@ from typing import Any, final
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxckpt._adopting import restore_foreign
 from jaxckpt._config import MIB, RestoreOptions
 from jaxckpt._dtypes import dtype_from, is_jax_dtype
 from jaxckpt._errors import (
@@ -47,10 +48,11 @@ from jaxckpt._errors import (
     list_problems,
     printable_key,
 )
-from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, name_of_key, restore_foreign
+from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._keys import flatten
 from jaxckpt._manifest import RANK_MAX
 from jaxckpt._naming import Rename, Select
+from jaxckpt._nesting import name_of_key
 from jaxckpt._progress import Progress, ProgressMeter
 from jaxckpt._storage import Buffer, Hold, allocate_aligned, temporary_name
 from jaxckpt._store import Kernel, LocalStore

@@ -30,9 +30,10 @@ from typing import Any, final
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxckpt._adopting import restore_foreign
 from jaxckpt._config import RestoreOptions
 from jaxckpt._errors import CheckpointError, CorruptError, NotFoundError
-from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf, restore_foreign
+from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._keys import rebuild
 from jaxckpt._naming import Rename, Select
 from jaxckpt._shardings import Box
