@@ -21,6 +21,7 @@ from jaxckpt._converting import convert
 from jaxckpt._progress import ProgressMeter
 from jaxckpt._store import open_store
 from jaxckpt.interop import npz
+from jaxckpt.interop._archiving import write_archive
 
 from .helpers import assert_same_tree, make_mesh
 from .storage_faults import RefusingKernel
@@ -206,7 +207,7 @@ def test_a_write_that_storage_refuses_leaves_what_was_there(path: pathlib.Path):
     while True:
         kernel = RefusingKernel(errno.ENOSPC, at=failures + 1)
         try:
-            npz.write_archive(str(path), arrays, ProgressMeter(0, "write", None), kernel)
+            write_archive(str(path), arrays, ProgressMeter(0, "write", None), kernel)
         except OSError:
             failures += 1
         else:
