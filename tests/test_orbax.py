@@ -38,7 +38,8 @@ from jaxckpt._converting import convert
 from jaxckpt._keys import check_nodes, flatten
 from jaxckpt.interop import npz, orbax
 from jaxckpt.interop._orbaxtrees import parse_shardings
-from jaxckpt.interop._zarrays import FormError, parse_form, split_along_chunks
+from jaxckpt.interop._zarrays import split_along_chunks
+from jaxckpt.interop._zarrforms import FormError, parse_form
 
 from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork, run_program
 from .orbax_writer import HANDLERS, STEPS, as_orbax_tells, make_tree

@@ -42,7 +42,8 @@ from ._orbaxtrees import (
     parse_shardings,
     parse_tree,
 )
-from ._zarrays import ChunkedArray, FormError, KeyValues, ZarrForm, parse_form, parse_json
+from ._zarrays import ChunkedArray, KeyValues
+from ._zarrforms import FormError, ZarrForm, parse_form, parse_json
 from .flax import FlaxCheckpoint
 
 METADATA_NAME = "_METADATA"

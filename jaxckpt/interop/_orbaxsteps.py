@@ -23,7 +23,7 @@ from jaxckpt._errors import CheckpointError, NotFoundError
 from jaxckpt._storage import Store
 
 from ._orbaxitems import is_tree, names_in, random_key_name, read_file, read_json
-from ._zarrays import parse_json
+from ._zarrforms import parse_json
 
 STEP_METADATA_NAME = "_CHECKPOINT_METADATA"
 _METRICS_NAME = "metrics"

@@ -28,7 +28,7 @@ from typing import Any
 from jaxckpt._keys import DEPTH_MAX, LEAF_NODE, NONE_NODE, escape_component
 from jaxckpt._manifest import RANK_MAX
 
-from ._zarrays import parse_json
+from ._zarrforms import parse_json
 
 _log = logging.getLogger("jaxckpt")
 
