@@ -21,7 +21,7 @@ from jaxckpt._converting import convert
 from jaxckpt._progress import ProgressMeter
 from jaxckpt._store import open_store
 from jaxckpt.interop import npz
-from jaxckpt.interop._archiving import write_archive
+from jaxckpt.interop._archiving import plan_arrays, write_archive
 
 from .helpers import assert_same_tree, make_mesh
 from .storage_faults import RefusingKernel
@@ -202,7 +202,7 @@ def test_a_file_that_is_cut_off_anywhere_is_refused(path: pathlib.Path):
 
 def test_a_write_that_storage_refuses_leaves_what_was_there(path: pathlib.Path):
     npz.write(path, {"a": np.ones(2)})
-    arrays = npz._plan({"b": np.ones(2)}, str(path))
+    arrays = plan_arrays({"b": np.ones(2)}, str(path))
     failures = 0
     while True:
         kernel = RefusingKernel(errno.ENOSPC, at=failures + 1)

@@ -84,7 +84,7 @@ def write(
         raise ValueError(
             f"archives are written to local files, and {target!r} is none: write it there, and copy it"
         )
-    arrays = _plan(tree, target)
+    arrays = plan_arrays(tree, target)
     meter = ProgressMeter(sum(contents.nbytes for contents in arrays.values()), "write", on_progress)
     try:
         if os.path.lexists(target) and not overwrite:
@@ -104,7 +104,7 @@ def write(
     meter.enter("done")
 
 
-def _plan(tree: Any, path: str) -> dict[str, ArrayContents]:
+def plan_arrays(tree: Any, path: str) -> dict[str, ArrayContents]:
     """The arrays by name.
 
     Raises:
