@@ -18,7 +18,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -50,6 +50,21 @@ from ._values import encode_value
 
 # Memory that begins at a multiple of this becomes an array of JAX on CPU without a copy.
 _ALIGNMENT = 64
+
+
+class RestoreKeywords(TypedDict, total=False):
+    """What a ``read`` of every format takes as `restore_foreign` does, and as `jaxckpt.restore` describes it."""
+
+    mesh: Mesh | None
+    sharding: Any
+    select: Select
+    rename: Rename
+    missing: str
+    unexpected: str
+    cast: bool
+    reshape: bool
+    report: bool
+    options: RestoreOptions | None
 
 
 def restore_foreign(

@@ -16,21 +16,17 @@ Source: https://github.com/google/flax/blob/main/flax/serialization.py
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxckpt._adopting import restore_foreign
-from jaxckpt._config import RestoreOptions
+from jaxckpt._adopting import RestoreKeywords, restore_foreign
 from jaxckpt._errors import CheckpointError, NotFoundError
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
-from jaxckpt._naming import Rename, Select
 from jaxckpt._nesting import keys_of_names, name_of_key
 from jaxckpt._storage import Buffer, allocate_aligned
 
@@ -253,18 +249,9 @@ def read(
     path: str | os.PathLike[str] | ForeignCheckpoint,
     like: Any = None,
     *,
-    mesh: Mesh | None = None,
-    sharding: Any = None,
-    select: Select = None,
-    rename: Rename = None,
-    missing: str = "error",
-    unexpected: str = "error",
-    cast: bool = False,
-    reshape: bool = False,
     step: float | None = None,
     prefix: str = "checkpoint_",
-    report: bool = False,
-    options: RestoreOptions | None = None,
+    **keywords: Unpack[RestoreKeywords],
 ) -> Any:
     """Restores a msgpack file of Flax as a tree of JAX arrays, straight onto devices.
 
@@ -275,18 +262,11 @@ def read(
     Args:
       path: As for `open`, or an open checkpoint.
       like: As for `jaxckpt.restore`.
-      mesh: As for `jaxckpt.restore`; Flax packs no shardings, so that all arrays are replicated.
-      sharding: As for `jaxckpt.restore`.
-      select: As for `jaxckpt.restore`.
-      rename: As for `jaxckpt.restore`.
-      missing: As for `jaxckpt.restore`.
-      unexpected: As for `jaxckpt.restore`.
-      cast: As for `jaxckpt.restore`.
-      reshape: As for `jaxckpt.restore`.
       step: As for `open`.
       prefix: As for `open`.
-      report: As for `jaxckpt.restore`.
-      options: As for `jaxckpt.restore`.
+      keywords: ``mesh``, ``sharding``, ``select``, ``rename``, ``missing``, ``unexpected``, ``cast``, ``reshape``,
+        ``report`` and ``options``, as for `jaxckpt.restore`. Flax packs no shardings, so that with
+        ``mesh`` all arrays are replicated.
 
     Returns:
       The tree, or the tree and a `RestoreReport`.
@@ -305,22 +285,7 @@ def read(
       >>> flax.read(tmp / "state", like={"layers": [jnp.zeros(2)]})
       {'layers': [Array([1., 1.], dtype=float32)]}
     """
-    with contextlib.ExitStack() as stack:
-        if isinstance(path, ForeignCheckpoint):
-            checkpoint = path
-        else:
-            checkpoint = stack.enter_context(open(path, step=step, prefix=prefix))
-        return restore_foreign(
-            checkpoint,
-            like,
-            mesh=mesh,
-            sharding=sharding,
-            select=select,
-            rename=rename,
-            missing=missing,
-            unexpected=unexpected,
-            cast=cast,
-            reshape=reshape,
-            report=report,
-            options=options,
-        )
+    if isinstance(path, ForeignCheckpoint):
+        return restore_foreign(path, like, **keywords)
+    with open(path, step=step, prefix=prefix) as checkpoint:
+        return restore_foreign(checkpoint, like, **keywords)

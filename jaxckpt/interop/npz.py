@@ -20,7 +20,6 @@ Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import math
@@ -30,13 +29,12 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxckpt._adopting import restore_foreign
-from jaxckpt._config import MIB, RestoreOptions
+from jaxckpt._adopting import RestoreKeywords, restore_foreign
+from jaxckpt._config import MIB
 from jaxckpt._dtypes import dtype_from, is_jax_dtype
 from jaxckpt._errors import (
     CheckpointError,
@@ -47,7 +45,6 @@ from jaxckpt._errors import (
 )
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._manifest import RANK_MAX
-from jaxckpt._naming import Rename, Select
 from jaxckpt._storage import Buffer, allocate_aligned
 
 from ._archiving import NPY_SUFFIX, write
@@ -422,17 +419,7 @@ def open(path: str | os.PathLike[str]) -> NpzCheckpoint:
 def read(
     path: str | os.PathLike[str] | ForeignCheckpoint,
     like: Any = None,
-    *,
-    mesh: Mesh | None = None,
-    sharding: Any = None,
-    select: Select = None,
-    rename: Rename = None,
-    missing: str = "error",
-    unexpected: str = "error",
-    cast: bool = False,
-    reshape: bool = False,
-    report: bool = False,
-    options: RestoreOptions | None = None,
+    **keywords: Unpack[RestoreKeywords],
 ) -> Any:
     """Restores an archive of arrays as a tree of JAX arrays.
 
@@ -442,16 +429,9 @@ def read(
     Args:
       path: As for `open`, or an open checkpoint.
       like: As for `jaxckpt.restore`.
-      mesh: As for `jaxckpt.restore`; an archive has no shardings, so that all arrays are replicated.
-      sharding: As for `jaxckpt.restore`.
-      select: As for `jaxckpt.restore`.
-      rename: As for `jaxckpt.restore`.
-      missing: As for `jaxckpt.restore`.
-      unexpected: As for `jaxckpt.restore`.
-      cast: As for `jaxckpt.restore`.
-      reshape: As for `jaxckpt.restore`.
-      report: As for `jaxckpt.restore`.
-      options: As for `jaxckpt.restore`.
+      keywords: ``mesh``, ``sharding``, ``select``, ``rename``, ``missing``, ``unexpected``, ``cast``, ``reshape``,
+        ``report`` and ``options``, as for `jaxckpt.restore`. An archive has no shardings, so that
+        with ``mesh`` all arrays are replicated.
 
     Returns:
       The tree, or the tree and a `RestoreReport`.
@@ -471,19 +451,7 @@ def read(
       >>> npz.read(tmp / "a.npz")
       {'w': Array([1., 1.], dtype=float32)}
     """
-    with contextlib.ExitStack() as stack:
-        checkpoint = path if isinstance(path, ForeignCheckpoint) else stack.enter_context(open(path))
-        return restore_foreign(
-            checkpoint,
-            like,
-            mesh=mesh,
-            sharding=sharding,
-            select=select,
-            rename=rename,
-            missing=missing,
-            unexpected=unexpected,
-            cast=cast,
-            reshape=reshape,
-            report=report,
-            options=options,
-        )
+    if isinstance(path, ForeignCheckpoint):
+        return restore_foreign(path, like, **keywords)
+    with open(path) as checkpoint:
+        return restore_foreign(checkpoint, like, **keywords)

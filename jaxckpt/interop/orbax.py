@@ -25,17 +25,14 @@ import dataclasses
 import functools
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxckpt._adopting import restore_foreign
-from jaxckpt._config import RestoreOptions
+from jaxckpt._adopting import RestoreKeywords, restore_foreign
 from jaxckpt._errors import CheckpointError, CorruptError, NotFoundError
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._keys import rebuild
-from jaxckpt._naming import Rename, Select
 from jaxckpt._shardings import Box
 from jaxckpt._storage import Buffer, Store
 from jaxckpt._store import open_store
@@ -423,16 +420,7 @@ def read(
     *,
     step: int | None = None,
     item: str | None = None,
-    mesh: Mesh | None = None,
-    sharding: Any = None,
-    select: Select = None,
-    rename: Rename = None,
-    missing: str = "error",
-    unexpected: str = "error",
-    cast: bool = False,
-    reshape: bool = False,
-    report: bool = False,
-    options: RestoreOptions | None = None,
+    **keywords: Unpack[RestoreKeywords],
 ) -> Any:
     """Restores a checkpoint of Orbax's as a tree of JAX arrays, straight onto devices.
 
@@ -447,16 +435,8 @@ def read(
       like: As for `jaxckpt.restore`.
       step: As for `open`.
       item: As for `open`.
-      mesh: As for `jaxckpt.restore`.
-      sharding: As for `jaxckpt.restore`.
-      select: As for `jaxckpt.restore`.
-      rename: As for `jaxckpt.restore`.
-      missing: As for `jaxckpt.restore`.
-      unexpected: As for `jaxckpt.restore`.
-      cast: As for `jaxckpt.restore`.
-      reshape: As for `jaxckpt.restore`.
-      report: As for `jaxckpt.restore`.
-      options: As for `jaxckpt.restore`.
+      keywords: ``mesh``, ``sharding``, ``select``, ``rename``, ``missing``, ``unexpected``, ``cast``, ``reshape``,
+        ``report`` and ``options``, as for `jaxckpt.restore`.
 
     Returns:
       The tree, or the tree and a `RestoreReport`.
@@ -478,22 +458,7 @@ def read(
       >>> orbax.read(tmp / "state", rename={"dense": "layer"})
       {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
-    with contextlib.ExitStack() as stack:
-        if isinstance(path, ForeignCheckpoint):
-            checkpoint = path
-        else:
-            checkpoint = stack.enter_context(open(path, step=step, item=item))
-        return restore_foreign(
-            checkpoint,
-            like,
-            mesh=mesh,
-            sharding=sharding,
-            select=select,
-            rename=rename,
-            missing=missing,
-            unexpected=unexpected,
-            cast=cast,
-            reshape=reshape,
-            report=report,
-            options=options,
-        )
+    if isinstance(path, ForeignCheckpoint):
+        return restore_foreign(path, like, **keywords)
+    with open(path, step=step, item=item) as checkpoint:
+        return restore_foreign(checkpoint, like, **keywords)

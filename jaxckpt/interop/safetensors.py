@@ -24,20 +24,16 @@ Source: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxckpt._adopting import restore_foreign
-from jaxckpt._config import RestoreOptions
+from jaxckpt._adopting import RestoreKeywords, restore_foreign
 from jaxckpt._errors import CheckpointError, NotFoundError, Problem, UnsupportedLeafError, printable_key
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
-from jaxckpt._naming import Rename, Select
 from jaxckpt._storage import Buffer
 
 from ._files import (
@@ -256,18 +252,9 @@ def read(
     path: str | os.PathLike[str] | ForeignCheckpoint,
     like: Any = None,
     *,
-    mesh: Mesh | None = None,
-    sharding: Any = None,
-    select: Select = None,
-    rename: Rename = None,
-    missing: str = "error",
-    unexpected: str = "error",
-    cast: bool = False,
-    reshape: bool = False,
     mmap: bool = False,
     separator: str | None = ".",
-    report: bool = False,
-    options: RestoreOptions | None = None,
+    **keywords: Unpack[RestoreKeywords],
 ) -> Any:
     """Restores files of safetensors as a tree of JAX arrays, straight onto devices.
 
@@ -281,22 +268,15 @@ def read(
     Args:
       path: As for `open`, or an open checkpoint.
       like: As for `jaxckpt.restore`.
-      mesh: As for `jaxckpt.restore`; the format has no shardings, so that all arrays are replicated.
-      sharding: As for `jaxckpt.restore`.
-      select: As for `jaxckpt.restore`, by names or keys.
-      rename: As for `jaxckpt.restore`, by names or keys; ``{"model.layers": "blocks"}`` is
-        ``{"model/layers": "blocks"}``.
-      missing: As for `jaxckpt.restore`.
-      unexpected: As for `jaxckpt.restore`.
-      cast: As for `jaxckpt.restore`.
-      reshape: As for `jaxckpt.restore`.
       mmap: Whether arrays on CPU may show the files instead of holding a copy. That holds for tensors of local files
         that begin at a multiple of 64 bytes, as JAX wants it: of files that `write` made all whose sizes are multiples
         of 64 (and one after them), of files of the package one in eight files'. The others are read. What
         `jaxckpt.restore` says of ``mmap=`` holds here, too.
       separator: As for `open`.
-      report: As for `jaxckpt.restore`.
-      options: As for `jaxckpt.restore`.
+      keywords: ``mesh``, ``sharding``, ``select``, ``rename``, ``missing``, ``unexpected``, ``cast``, ``reshape``,
+        ``report`` and ``options``, as for `jaxckpt.restore`. The format has no shardings, so that
+        with ``mesh`` all arrays are replicated. ``select`` and ``rename`` take names or keys:
+        ``{"model.layers": "blocks"}`` is ``{"model/layers": "blocks"}``.
 
     Returns:
       The tree, or the tree and a `RestoreReport`.
@@ -320,26 +300,10 @@ def read(
       >>> safetensors.read(tmp / "w.safetensors", rename={"dense": "layer"})
       {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
-    with contextlib.ExitStack() as stack:
-        if isinstance(path, ForeignCheckpoint):
-            checkpoint = path
-        else:
-            checkpoint = stack.enter_context(open(path, separator=separator))
-        return restore_foreign(
-            checkpoint,
-            like,
-            mesh=mesh,
-            sharding=sharding,
-            select=select,
-            rename=rename,
-            missing=missing,
-            unexpected=unexpected,
-            cast=cast,
-            reshape=reshape,
-            mmap=mmap,
-            report=report,
-            options=options,
-        )
+    if isinstance(path, ForeignCheckpoint):
+        return restore_foreign(path, like, mmap=mmap, **keywords)
+    with open(path, separator=separator) as checkpoint:
+        return restore_foreign(checkpoint, like, mmap=mmap, **keywords)
 
 
 def _is_part(name: str) -> bool:

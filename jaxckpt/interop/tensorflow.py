@@ -20,19 +20,15 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxckpt._adopting import restore_foreign
-from jaxckpt._config import RestoreOptions
+from jaxckpt._adopting import RestoreKeywords, restore_foreign
 from jaxckpt._errors import CheckpointError
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
-from jaxckpt._naming import Rename, Select
 
 from ._bundle import Bundle
 from ._files import corrupt
@@ -199,17 +195,7 @@ def open(path: str | os.PathLike[str], *, verify_slices: bool = False) -> Tensor
 def read(
     path: str | os.PathLike[str] | ForeignCheckpoint,
     like: Any = None,
-    *,
-    mesh: Mesh | None = None,
-    sharding: Any = None,
-    select: Select = None,
-    rename: Rename = None,
-    missing: str = "error",
-    unexpected: str = "error",
-    cast: bool = False,
-    reshape: bool = False,
-    report: bool = False,
-    options: RestoreOptions | None = None,
+    **keywords: Unpack[RestoreKeywords],
 ) -> Any:
     """Restores a checkpoint of TensorFlow's as a tree of JAX arrays, straight onto devices.
 
@@ -224,16 +210,10 @@ def read(
     Args:
       path: As for `open`, or an open checkpoint.
       like: As for `jaxckpt.restore`.
-      mesh: As for `jaxckpt.restore`; TensorFlow saves no shardings, so that all arrays are replicated.
-      sharding: As for `jaxckpt.restore`.
-      select: As for `jaxckpt.restore`; a pattern that fits none of the names is held against the aliases.
-      rename: As for `jaxckpt.restore`; a rule that fits none of the names is held against the aliases.
-      missing: As for `jaxckpt.restore`.
-      unexpected: As for `jaxckpt.restore`.
-      cast: As for `jaxckpt.restore`.
-      reshape: As for `jaxckpt.restore`.
-      report: As for `jaxckpt.restore`.
-      options: As for `jaxckpt.restore`.
+      keywords: ``mesh``, ``sharding``, ``select``, ``rename``, ``missing``, ``unexpected``, ``cast``, ``reshape``,
+        ``report`` and ``options``, as for `jaxckpt.restore`. TensorFlow saves no shardings, so that
+        with ``mesh`` all arrays are replicated. A pattern of ``select``, or a rule of ``rename``, that fits none of the
+        names is held against the aliases.
 
     Returns:
       The tree, or the tree and a `RestoreReport`.
@@ -254,25 +234,10 @@ def read(
       >>> tensorflow.read(tmp / "model.ckpt", rename={"dense": "layer"})
       {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
-    with contextlib.ExitStack() as stack:
-        if isinstance(path, ForeignCheckpoint):
-            checkpoint = path
-        else:
-            checkpoint = stack.enter_context(open(path, verify_slices=True))
-        return restore_foreign(
-            checkpoint,
-            like,
-            mesh=mesh,
-            sharding=sharding,
-            select=select,
-            rename=rename,
-            missing=missing,
-            unexpected=unexpected,
-            cast=cast,
-            reshape=reshape,
-            report=report,
-            options=options,
-        )
+    if isinstance(path, ForeignCheckpoint):
+        return restore_foreign(path, like, **keywords)
+    with open(path, verify_slices=True) as checkpoint:
+        return restore_foreign(checkpoint, like, **keywords)
 
 
 def _name_tensors(source: TensorSource) -> dict[bytes, list[str]]:
