@@ -92,7 +92,15 @@ class ForeignCheckpoint(abc.ABC):
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """A box of an array: C-contiguous, in native byte order; of strings an object array of bytes.
 
-        The memory is the caller's alone. May be called from several threads.
+        May be called from several threads.
+
+        Args:
+          key: Name or alias.
+          lo: First place along each axis.
+          hi: The places after the last ones.
+
+        Returns:
+          The box; the memory is the caller's alone.
 
         Raises:
           CorruptError: What had to be read is damaged.

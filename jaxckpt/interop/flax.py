@@ -91,15 +91,7 @@ class FlaxCheckpoint(ForeignCheckpoint):
         return _name_of([name_of_key(component) for component in key.split("/")])
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """A box of an array, C-contiguous; of strings an array of bytes. May be called from several threads.
-
-        Args:
-          key: Name.
-          lo: First place along each axis.
-          hi: The places after the last ones.
-
-        Returns:
-          The box; the memory is the caller's alone.
+        """A box of an array; see `ForeignCheckpoint.read_box`.
 
         Raises:
           CorruptError: The file was cut off, or cannot be read.

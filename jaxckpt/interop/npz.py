@@ -196,15 +196,7 @@ class NpzCheckpoint(ForeignCheckpoint):
         return {name: member.leaf for name, member in self._members.items()}
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """A box of an array, C-contiguous. May be called from several threads.
-
-        Args:
-          key: Name.
-          lo: First place along each axis.
-          hi: The places after the last ones.
-
-        Returns:
-          The box; the memory is the caller's alone.
+        """A box of an array; see `ForeignCheckpoint.read_box`.
 
         Raises:
           CorruptError: What had to be read is damaged.

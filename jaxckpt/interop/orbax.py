@@ -176,17 +176,9 @@ class OrbaxCheckpoint(ForeignCheckpoint):
                 source.array.place.bound_memory(nbytes_max)
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """A box of an array, C-contiguous; of a text an array of one. May be called from several threads.
+        """A box of an array; see `ForeignCheckpoint.read_box`. Of a text it is an array of one.
 
         Whole chunks are read and decoded, a few at a time.
-
-        Args:
-          key: Key or alias.
-          lo: First place along each axis.
-          hi: The places after the last ones.
-
-        Returns:
-          The box; the memory is the caller's alone.
 
         Raises:
           CorruptError: A chunk is missing, or cannot be decoded.

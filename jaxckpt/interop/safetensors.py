@@ -120,15 +120,9 @@ class SafetensorsCheckpoint(ForeignCheckpoint):
         return {name: tensor.leaf for name, tensor in self._tensors.items()}
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """A box of a tensor, C-contiguous; reads the box alone, with gaps of up to some 32 KiB between its rows.
+        """A box of a tensor; see `ForeignCheckpoint.read_box`.
 
-        Args:
-          key: Name.
-          lo: First place along each axis.
-          hi: The places after the last ones.
-
-        Returns:
-          The box; the memory is the caller's alone.
+        The box alone is read, with gaps of up to some 32 KiB between its rows.
 
         Raises:
           CorruptError: The file was cut off, or cannot be read.

@@ -92,20 +92,12 @@ class TensorFlowCheckpoint(ForeignCheckpoint):
         return self._aliases
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """A box of a tensor, C-contiguous; of strings an array of bytes. May be called from several threads.
+        """A box of a tensor; see `ForeignCheckpoint.read_box`.
 
         All of a tensor is verified, and so is each slice of a partitioned one that the box takes whole. Of the others
         the box alone is read, with gaps of up to some 32 KiB where that takes less time than a read for each run of
         bytes; it is verified only if the checkpoint was opened with ``verify_slices=True``. V1 checkpoints are always
         verified, and read whole slices.
-
-        Args:
-          key: Name or alias.
-          lo: First place along each axis.
-          hi: The places after the last ones.
-
-        Returns:
-          The box; the memory is the caller's alone.
 
         Raises:
           CorruptError: What was read is damaged.
