@@ -217,7 +217,19 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--all", action="store_true", help="abbreviate nothing")
     command.add_argument("checkpoint", metavar="CKPT")
     command.add_argument("key", metavar="KEY[slice]")
-    command = add("run", _run, "run a program of a checkpoint on its values", _RUN_HELP)
+    _add_run_arguments(add("run", _run, "run a program of a checkpoint on its values", _RUN_HELP))
+    command = add("verify", _verify, "reread every stored byte and compare checksums")
+    command.add_argument("checkpoint", metavar="CKPT")
+    command = add("diff", _diff, "compare two checkpoints leaf by leaf")
+    command.add_argument("a", metavar="A")
+    command.add_argument("b", metavar="B")
+    _add_convert_arguments(add("convert", _convert, "write a checkpoint in another format", _CONVERT_HELP))
+    summary = "delete the steps of a manager's directory that no rule keeps"
+    _add_prune_arguments(add("prune", _prune, summary, _PRUNE_HELP))
+    return parser
+
+
+def _add_run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--input",
         action="append",
@@ -237,12 +249,9 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("checkpoint", metavar="CKPT")
     command.add_argument("program", metavar="PROGRAM")
-    command = add("verify", _verify, "reread every stored byte and compare checksums")
-    command.add_argument("checkpoint", metavar="CKPT")
-    command = add("diff", _diff, "compare two checkpoints leaf by leaf")
-    command.add_argument("a", metavar="A")
-    command.add_argument("b", metavar="B")
-    command = add("convert", _convert, "write a checkpoint in another format", _CONVERT_HELP)
+
+
+def _add_convert_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--to", choices=FORMATS, help=f"format of DST (what its name ends in, else {OWN_FORMAT})"
     )
@@ -267,9 +276,9 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace what is at DST")
     command.add_argument("source", metavar="SRC")
     command.add_argument("destination", metavar="DST")
-    command = add(
-        "prune", _prune, "delete the steps of a manager's directory that no rule keeps", _PRUNE_HELP
-    )
+
+
+def _add_prune_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("directory", metavar="DIR")
     command.add_argument(
         "--dry-run", action="store_true", help="say what would be deleted, and delete nothing"
@@ -307,7 +316,6 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--prefix", default="step_", metavar="P", help="what the names of the steps begin with (step_)"
     )
-    return parser
 
 
 def _count_or_all(text: str) -> int | Literal["all"]:
