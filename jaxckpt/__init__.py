@@ -18,6 +18,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _foreign      what an open checkpoint of another library is
     _nesting      names in foreign files <-> keys of trees; pure
     _checkpoint   the story: save, save_async, restore, open. Start here
+    _events       what an observer of a manager hears
     _execution    the command that runs a stored program
     _inspect      describe, verify, diff
     _pending      a save in the background, and who learns that it failed
@@ -102,6 +103,7 @@ from ._errors import (
     UntrustedProgramError as UntrustedProgramError,
     WriteError as WriteError,
 )
+from ._events import CheckpointEvent as CheckpointEvent
 from ._inspect import (
     Description as Description,
     DiffReport as DiffReport,
@@ -112,7 +114,7 @@ from ._inspect import (
     diff as diff,
     verify as verify,
 )
-from ._manager import CheckpointEvent as CheckpointEvent, CheckpointManager as CheckpointManager
+from ._manager import CheckpointManager as CheckpointManager
 from ._pending import PendingSave as PendingSave
 from ._preemption import Preemption as Preemption
 from ._programs import Program as Program

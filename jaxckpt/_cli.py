@@ -32,6 +32,7 @@ from ._errors import (
     printable,
     printable_key,
 )
+from ._events import CheckpointEvent
 from ._execution import InputError, read_inputs, run_program, write_results
 from ._inspect import (
     LeafDescription,
@@ -43,7 +44,7 @@ from ._inspect import (
     format_value,
     verify,
 )
-from ._manager import CheckpointEvent, CheckpointManager
+from ._manager import CheckpointManager
 from ._manifest import MANIFEST_NAME
 from ._progress import Progress, format_bytes
 from ._reading import Checkpoint, StoredLeaf, open_checkpoint

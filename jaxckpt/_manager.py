@@ -50,6 +50,7 @@ from ._errors import (
     UnsupportedLeafError,
     WriteError,
 )
+from ._events import CheckpointEvent, Events
 from ._keeping import Keeper, checked_step
 from ._leader import Leader
 from ._manifest import MANIFEST_NAME, local_directory
@@ -87,29 +88,6 @@ _SAVE = "save"
 
 # How long a signal may wait to be seen where process 0 tells of it.
 _PREEMPTION_QUIET_S = 0.5
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CheckpointEvent:
-    """Something that a manager did.
-
-    Attributes:
-      kind: ``"saving"`` (a save began), ``"saved"``, ``"failed"``, ``"skipped"`` (a due step was not saved),
-        ``"waited"`` (for the save in flight), ``"deleted"``, ``"in use"`` (not deleted, for somebody reads it),
-        ``"damaged"``, ``"restored"`` or ``"preempted"``. With a second tier also ``"uploading"``, ``"uploaded"``,
-        ``"upload failed"`` (and is tried again after the next save), ``"upload skipped"`` (deleted before that), and
-        ``"upload deleted"`` and ``"upload in use"`` for steps of that tier.
-      step: The step that it is about.
-      message: The same for people.
-      info: What was saved, for ``"saved"``.
-      error: Why not, for ``"failed"``, ``"upload failed"`` and ``"damaged"``.
-    """
-
-    kind: str
-    step: int
-    message: str
-    info: CheckpointInfo | None = None
-    error: BaseException | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -264,10 +242,9 @@ class CheckpointManager:
         self._leader = (
             None if group is None else Leader(group, store.path, self._options.timeout_s, monotonic_s)
         )
-        is_first = group is None or group.index == 0
-        self._is_first = is_first
+        self._is_first = group is None or group.index == 0
         # Whether this process deletes.
-        self._is_keeping = is_first or self._is_local
+        self._is_keeping = self._is_first or self._is_local
         self._schedule = Schedule(
             interval_steps=save_interval_steps,
             interval_s=save_interval_s,
@@ -287,15 +264,18 @@ class CheckpointManager:
         )
         self._saves_last = save_last
         self._skips_if_busy = if_busy == "skip"
-        self._on_event = on_event
+        events = Events(on_event)
+        self._tell = events.tell
         self._keeper = Keeper(self._directory, self._retention, wall_s, self._tell)
         # Where steps are, the nearest place first.
         self._tiers = [self._keeper]
         self._uploader: Uploader | None = None
         if remote_store is not None:
-            self._add_tier(StepDirectory(remote_store, prefix, width), upload or UploadOptions(), wall_s)
+            self._add_tier(
+                StepDirectory(remote_store, prefix, width), upload or UploadOptions(), events, wall_s
+            )
         self._reader = StepReader(self._tiers, self._leader, self._tell, is_local=self._is_local)
-        self._bar = ProgressBar(sys.stderr) if progress and is_first else None
+        self._bar = ProgressBar(sys.stderr) if progress and self._is_first else None
         self._monotonic_s = monotonic_s
         self._wall_s = wall_s
 
@@ -324,8 +304,11 @@ class CheckpointManager:
         if preemption is not None:
             self.use_preemption(preemption)
 
-    def _add_tier(self, directory: StepDirectory, upload: UploadOptions, wall_s: Callable[[], float]) -> None:
-        remote = Keeper(directory, upload.retention(), wall_s, self._tell_of_remote)
+    def _add_tier(
+        self, directory: StepDirectory, upload: UploadOptions, events: Events, wall_s: Callable[[], float]
+    ) -> None:
+        tell = functools.partial(events.tell_of_upload, directory.path)
+        remote = Keeper(directory, upload.retention(), wall_s, tell)
         self._tiers.append(remote)
         if self._is_keeping:
             self._uploader = Uploader(self._keeper, remote, upload, self._tell, self._on_upload_end, wall_s)
@@ -1252,29 +1235,6 @@ class CheckpointManager:
     def should_stop(self) -> bool:
         """Whether the end of the process is announced and its step was saved: the loop should leave."""
         return self._has_answered_preemption
-
-    def _tell_of_remote(
-        self, kind: str, step: int, message: str, *, error: BaseException | None = None
-    ) -> None:
-        """What the keeper of the second tier does."""
-        self._tell(f"upload {kind}", step, f"{message} (in {self._tiers[-1].directory.path})", error=error)
-
-    def _tell(
-        self,
-        kind: str,
-        step: int,
-        message: str,
-        *,
-        info: CheckpointInfo | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        _log.debug("%s", message)
-        if self._on_event is None:
-            return
-        try:
-            self._on_event(CheckpointEvent(kind, step, message, info, error))
-        except Exception:
-            _log.exception("on_event failed for %r of step %d", kind, step)
 
 
 def _open_second_tier(

@@ -50,7 +50,7 @@ LEVELS = (
     ("_calling", "_collective", "_gathering", "_keeping", "_pinned"),
     ("_execution", "_reading", "_snapshot"),
     ("_copying", "_inspect", "_restoring", "_saving"),
-    ("_adopting", "_bundling", "_converting", "_pending", "_uploading"),
+    ("_adopting", "_bundling", "_converting", "_events", "_pending", "_uploading"),
     ("_exchange",),
     ("_checkpoint",),
     ("_resuming",),
