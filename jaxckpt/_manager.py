@@ -53,7 +53,7 @@ from ._errors import (
 from ._events import CheckpointEvent, Events
 from ._keeping import Keeper, checked_step
 from ._leader import Leader
-from ._manifest import MANIFEST_NAME, local_directory
+from ._manifest import local_directory
 from ._pending import PendingSave, chain_of
 from ._preemption import Preemption
 from ._processes import current_group
@@ -1036,36 +1036,7 @@ class CheckpointManager:
           >>> [manager.restore(step)["w"].sum() for step in manager.watch(timeout_s=0)]
           [Array(3., dtype=float32)]
         """
-        present = self._directory.fingerprints()
-        newest = max(present, default=None)
-        seen = {
-            step: fingerprint for step, fingerprint in present.items() if after is None and step != newest
-        }
-        waiting_since_s = self._monotonic_s()
-        pause = threading.Event()
-        while True:
-            for step, fingerprint in self._directory.fingerprints().items():
-                if seen.get(step) == fingerprint:
-                    continue
-                if after is not None and step <= after:
-                    continue
-                seen[step] = fingerprint
-                try:
-                    _, hold = self._directory.store_of(step).read_and_hold(MANIFEST_NAME, 0)
-                except FileNotFoundError:
-                    continue
-                try:
-                    yield step
-                finally:
-                    if hold is not None:
-                        hold.release()
-                waiting_since_s = self._monotonic_s()
-            left_s = poll_s
-            if timeout_s is not None:
-                left_s = waiting_since_s + timeout_s - self._monotonic_s()
-                if left_s <= 0:
-                    return
-            pause.wait(min(poll_s, left_s))
+        return self._directory.watch(timeout_s, poll_s, after, self._monotonic_s)
 
     # --- the end ----------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, final
 
 import xxhash
@@ -228,6 +228,46 @@ class StepDirectory:
         checksum = checksum_of_manifest(data) or b""
         listed = manifest.data if self._store.is_remote else ""
         return StepRecord(step, name, manifest.created_s, manifest.metrics, checksum.hex(), listed)
+
+    # --- watching ---------------------------------------------------------------------------------------------
+
+    def watch(
+        self, timeout_s: float | None, poll_s: float, after: int | None, monotonic_s: Callable[[], float]
+    ) -> Iterator[int]:
+        """Yields the newest step and then each new one, held while the caller has it.
+
+        The arguments are those of `CheckpointManager.watch`, and the clock that the timeout goes by.
+        """
+        present = self.fingerprints()
+        newest = max(present, default=None)
+        seen = {
+            step: fingerprint for step, fingerprint in present.items() if after is None and step != newest
+        }
+        waiting_since_s = monotonic_s()
+        pause = threading.Event()
+        while True:
+            for step, fingerprint in self.fingerprints().items():
+                if seen.get(step) == fingerprint:
+                    continue
+                if after is not None and step <= after:
+                    continue
+                seen[step] = fingerprint
+                try:
+                    _, hold = self.store_of(step).read_and_hold(MANIFEST_NAME, 0)
+                except FileNotFoundError:
+                    continue
+                try:
+                    yield step
+                finally:
+                    if hold is not None:
+                        hold.release()
+                waiting_since_s = monotonic_s()
+            left_s = poll_s
+            if timeout_s is not None:
+                left_s = waiting_since_s + timeout_s - monotonic_s()
+                if left_s <= 0:
+                    return
+            pause.wait(min(poll_s, left_s))
 
     # --- changes ----------------------------------------------------------------------------------------------
 
