@@ -11,6 +11,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _callback     what a training loop calls: resume, save, stop
     _manager      a directory of numbered checkpoints
     _resuming     which of them a run goes on from
+    _background   what of a manager goes on, and failures of which nobody knows
     _uploading    committed steps go on to a second tier
     _copying      a checkpoint goes to another store, verified
     _adopting     checkpoints of other libraries, restored as ours are

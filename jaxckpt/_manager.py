@@ -35,12 +35,12 @@ import functools
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
+from ._background import Background, raise_last
 from ._config import SaveOptions
 from ._errors import (
     CheckpointError,
@@ -60,7 +60,7 @@ from ._processes import current_group
 from ._reading import Checkpoint
 from ._resuming import StepReader
 from ._retention import Best, Retention, Verdict, best_step
-from ._saving import CheckpointInfo, SaveContext, SaveJob, write_error
+from ._saving import SaveContext, SaveJob, write_error
 from ._schedule import Schedule
 from ._steps import StepDirectory
 from ._storage import Store
@@ -267,6 +267,7 @@ class CheckpointManager:
         events = Events(on_event)
         self._tell = events.tell
         self._keeper = Keeper(self._directory, self._retention, wall_s, self._tell)
+        self._background = Background(self._tell)
         # Where steps are, the nearest place first.
         self._tiers = [self._keeper]
         self._uploader: Uploader | None = None
@@ -286,19 +287,12 @@ class CheckpointManager:
         # Of the thread that saves.
         self._has_seen_steps = False
         self._unsaved: _Call | None = None
-        self._pending: PendingSave | None = None
-        self._pending_step = -1
         self._attempted_step: int | None = None  # of the last save that was decided on
         self._is_preempted = False
         self._has_answered_preemption = False
         self._has_no_time_left = False  # for another save than the one in flight
-        # Shared with background threads.
-        self._lock = threading.Lock()
-        self._idle: list[PendingSave] = []  # done, but their threads may still delete
-        self._failures: list[PendingSave] = []
-        self._failed_upload: tuple[int, PendingSave] | None = None
+        # Read by the thread of that save, too.
         self._fingerprint_before: Any = None  # of the step in flight, before its save
-        self._last_info: CheckpointInfo | None = None
 
         self._preemption: Preemption | None = None
         if preemption is not None:
@@ -311,7 +305,8 @@ class CheckpointManager:
         remote = Keeper(directory, upload.retention(), wall_s, tell)
         self._tiers.append(remote)
         if self._is_keeping:
-            self._uploader = Uploader(self._keeper, remote, upload, self._tell, self._on_upload_end, wall_s)
+            on_end = functools.partial(self._background.note_upload_end, directory.path)
+            self._uploader = Uploader(self._keeper, remote, upload, self._tell, on_end, wall_s)
 
     # --- saving -----------------------------------------------------------------------------------------------
 
@@ -447,7 +442,7 @@ class CheckpointManager:
         """
         if step == self._keeper.last_step and not overwrite:
             return _Decision(_SAVED, step)
-        in_flight = self._in_flight()
+        in_flight = self._background.in_flight()
         if in_flight is not None and reason == _PREEMPTED and not self._has_time_for_another(in_flight):
             return _Decision(_LATE, step)
         if in_flight is not None and self._skips_if_busy and reason not in _URGENT:
@@ -499,13 +494,13 @@ class CheckpointManager:
             self._has_answered_preemption = True
             self._has_no_time_left = True
             self._unsaved = call if self._saves_last else None
-            message = f"too little time is left, and step {self._pending_step} is on its way"
+            message = f"too little time is left, and step {self._background.step} is on its way"
             self._tell("skipped", step, f"step {step} is not saved: {message}")
-            return self._pending
+            return self._background.pending
         if decision.action == _BUSY:
             self._schedule.note_skipped(decision.reason)
             self._unsaved = call if self._saves_last else None
-            message = f"step {self._pending_step} is still on its way"
+            message = f"step {self._background.step} is still on its way"
             self._tell("skipped", step, f"step {step} is not saved: {message}")
             return None
         if decision.action in (_SAVED, _THERE):
@@ -515,11 +510,13 @@ class CheckpointManager:
             self._unsaved = None
             return None
         waited_s = 0.0
-        in_flight = self._in_flight()
+        in_flight = self._background.in_flight()
         if in_flight is not None:
             in_flight.wait_done()
             waited_s = self._monotonic_s() - entered_s
-            self._tell("waited", step, f"step {step} waited {waited_s:.3f} s for step {self._pending_step}")
+            self._tell(
+                "waited", step, f"step {step} waited {waited_s:.3f} s for step {self._background.step}"
+            )
         return self._start(call, decision, waited_s, entered_s)
 
     def _start(self, call: _Call, decision: _Decision, waited_s: float, entered_s: float) -> PendingSave:
@@ -573,9 +570,7 @@ class CheckpointManager:
                 is_blocking=False,
                 is_local=self._is_local,
             )
-            self._pending, self._pending_step = pending, step
-            self._idle = [old for old in self._idle if old.is_busy()]
-            self._idle.append(pending)
+            self._background.begin(pending, step)
             pending.start(job)
         except BaseException as error:  # an interrupt, too
             if not pending.done() and job is not None:
@@ -632,24 +627,16 @@ class CheckpointManager:
             self._schedule.note_given_up()
         else:  # the others' schedules know of no mistake
             self._keeper.note_failed(step)
-        pending.mark_seen()
-        if self._pending is pending:
-            self._pending = None
+        self._background.forget(pending)
         self._keeper.note_last(None)
-        with self._lock:
-            self._failures = [failed for failed in self._failures if failed is not pending]
-
-    def _in_flight(self) -> PendingSave | None:
-        """The save that is not done yet."""
-        return None if self._pending is None or self._pending.done() else self._pending
 
     def _has_time_for_another(self, in_flight: PendingSave) -> bool:
         """Whether the grace that is left is enough for the rest of a save and for another one, as the last one went."""
         assert self._preemption is not None
         remaining_s = self._preemption.remaining_s()
-        if remaining_s is None or self._last_info is None:
+        if remaining_s is None or self._background.last_info is None:
             return True
-        one_save_s = self._last_info.seconds - self._last_info.waited_s
+        one_save_s = self._background.last_info.seconds - self._background.last_info.waited_s
         rest_s = max(0.0, one_save_s - in_flight.progress().elapsed_s)
         return rest_s + one_save_s <= remaining_s
 
@@ -658,7 +645,7 @@ class CheckpointManager:
         if not self._keeper.has(step):
             return self._uploader is not None and self._uploader.is_there(step)
         # If so, this manager wrote it, and it may not be durable.
-        return not step == self._keeper.failed_step == self._pending_step
+        return not step == self._keeper.failed_step == self._background.step
 
     def _note_there(self, step: int) -> None:
         self._schedule.note_resumed(step)
@@ -697,15 +684,7 @@ class CheckpointManager:
             self._bar.close()
         failure = pending.failure
         late = None if failure is None else self._late_fingerprint(step)
-        with self._lock:
-            if failure is not None:
-                # Who has seen one may have left frames in it.
-                self._failures = [older for older in self._failures if older.is_unseen()] + [pending]
-            else:
-                self._last_info = pending.info
-                for older in self._failures:
-                    older.mark_seen()  # made up for: the program's exit status stays
-                del self._failures[:-1]  # of many failures the last one is told
+        self._background.note_end(pending)
         if failure is not None:
             self._keeper.note_failed(step, late)
         else:
@@ -714,23 +693,6 @@ class CheckpointManager:
             self._tell("failed", step, f"step {step} is not saved: {failure}", error=failure)
         elif pending.info is not None:
             self._tell("saved", step, f"saved step {step} in {pending.info.seconds:.3f} s", info=pending.info)
-
-    def _on_upload_end(self, step: int, failure: CheckpointError | None) -> None:
-        """Called in the background when a step was uploaded, or given up for now."""
-        if failure is None:
-            with self._lock:
-                if self._failed_upload is not None and self._failed_upload[0] <= step:
-                    self._failed_upload[1].mark_seen()  # made up for: the program's exit status stays
-                if self._failed_upload is not None and self._failed_upload[0] == step:
-                    self._failed_upload = None
-            return
-        pending = PendingSave(self._tiers[-1].directory.path)
-        pending.fail(failure)
-        with self._lock:
-            if self._failed_upload is not None:
-                self._failed_upload[1].mark_seen()  # of many failures the last one is told
-            self._failed_upload = step, pending
-        self._tell("upload failed", step, str(failure), error=failure)
 
     def _late_fingerprint(self, step: int) -> Any:
         """Fingerprint of what a failed save has put in place all the same, or None."""
@@ -781,7 +743,7 @@ class CheckpointManager:
           >>> jaxckpt.CheckpointManager(tmp / "run", max_to_keep=1).prune()
           [0, 1, 2]
         """
-        self._wait_until_done()
+        self._background.wait_until_done()
         return list(self._in_first("prune", self._prune))
 
     def _prune(self) -> list[int]:
@@ -798,7 +760,7 @@ class CheckpointManager:
 
         Collective: all processes of a group. Process 0 deletes.
         """
-        self._wait_until_done()
+        self._background.wait_until_done()
         self._in_first("delete from", functools.partial(self._delete, step))
         for keeper in self._tiers:
             keeper.note_deleted(step)
@@ -987,7 +949,7 @@ class CheckpointManager:
           >>> step
           0
         """
-        self._wait_until_done()
+        self._background.wait_until_done()
         if self._reader.has_nothing():
             return None
         step, tree = self._restore(None, like, fallback, keywords)
@@ -997,7 +959,7 @@ class CheckpointManager:
     def _restore(
         self, step: int | None, like: Any, fallback: bool, keywords: dict[str, Any]
     ) -> tuple[int, Any]:
-        self._wait_until_done()
+        self._background.wait_until_done()
         if step is None:
             step, tree = self._reader.read_newest(like, keywords, fallback=fallback)
         else:
@@ -1054,23 +1016,14 @@ class CheckpointManager:
             failed, which is not uploaded yet.
         """
         began_s = time.monotonic()
-        self._wait_until_idle(timeout_s)
+        self._background.wait_until_idle(timeout_s)
         if self._uploader is not None:
             left_s = None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - began_s))
             if not self._uploader.wait(left_s):
                 raise TimeoutError(
                     f"uploads to {self._tiers[-1].directory.path!r} are not finished after {timeout_s} s"
                 )
-        self._raise_last(self._take_failures())
-
-    def _take_failures(self) -> list[PendingSave]:
-        """What failed and was not raised yet; the last one is to be raised."""
-        with self._lock:
-            uploads = [] if self._failed_upload is None else [self._failed_upload[1]]
-            failures = [*uploads, *self._failures]
-            self._failures = []
-            self._failed_upload = None
-        return failures
+        raise_last(self._background.take_failures())
 
     def close(self) -> None:
         """Saves the last step if it is not saved yet, waits, and ends the manager; again: nothing.
@@ -1088,7 +1041,7 @@ class CheckpointManager:
             self.save_last()
         finally:
             self._end()
-        self._raise_last([pending for pending in self._take_failures() if pending.is_unseen()])
+        raise_last([pending for pending in self._background.take_failures() if pending.is_unseen()])
 
     def save_last(self) -> PendingSave | None:
         """Saves the step that `save` was called with last, if it is not saved; `close` does so too.
@@ -1108,7 +1061,7 @@ class CheckpointManager:
     def _decide_last(self, call: _Call) -> _Decision:
         if call.step == self._keeper.last_step:
             return _Decision(_NOT_DUE, call.step)
-        in_flight = self._in_flight()
+        in_flight = self._background.in_flight()
         if self._has_no_time_left and in_flight is not None:
             in_flight.wait_done()
         if self._has_no_time_left and self._keeper.failed_step is None:
@@ -1121,7 +1074,7 @@ class CheckpointManager:
 
     def _end(self) -> None:
         try:
-            self._wait_until_idle()
+            self._background.wait_until_idle()
             if self._uploader is not None:
                 self._uploader.finish(
                     self._preemption.remaining_s() if self._preemption is not None else None
@@ -1130,28 +1083,6 @@ class CheckpointManager:
             self._is_closed = True
             if self._preemption is not None:
                 self._preemption.uninstall()
-
-    def _raise_last(self, failures: list[PendingSave]) -> None:
-        for pending in failures:
-            pending.mark_seen()
-        if failures:
-            failure = failures[-1].failure
-            assert failure is not None
-            raise failure
-
-    def _wait_until_done(self) -> None:
-        """Waits for the save in flight, however it ends."""
-        if self._pending is not None:
-            self._pending.wait_done()
-
-    def _wait_until_idle(self, timeout_s: float | None = None) -> None:
-        """Waits for the save in flight and for what comes after it."""
-        if self._pending is not None and not self._pending.wait_done(timeout_s):
-            raise TimeoutError(f"the save of step {self._pending_step} is not finished after {timeout_s} s")
-        if any(pending.calls_here() for pending in self._idle):
-            return  # an observer, for which what comes after a younger save may wait
-        for pending in self._idle:
-            pending.wait_until_idle()
 
     def __enter__(self) -> Self:
         return self

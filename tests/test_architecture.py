@@ -51,7 +51,7 @@ LEVELS = (
     ("_execution", "_reading", "_snapshot"),
     ("_copying", "_inspect", "_restoring", "_saving"),
     ("_adopting", "_bundling", "_converting", "_events", "_pending", "_uploading"),
-    ("_exchange",),
+    ("_background", "_exchange"),
     ("_checkpoint",),
     ("_resuming",),
     ("_manager",),

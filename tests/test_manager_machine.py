@@ -952,7 +952,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def wait_for_threads(self) -> None:
         if self.manager is not None:
-            for pending in self.manager._idle:
+            for pending in self.manager._background._idle:
                 pending.wait_until_idle()
                 pending.mark_seen()
 

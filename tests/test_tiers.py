@@ -491,7 +491,7 @@ def test_a_slow_second_tier_neither_blocks_training_nor_fills_the_disk(
     with CheckpointManager(local, max_to_keep=2, upload_to=bucket, upload=upload, on_event=events) as manager:
         for step in range(1, 9):
             manager.save(step, tree_of(step)).wait()
-            manager._wait_until_idle()
+            manager._background.wait_until_idle()
             if step == 1:
                 assert gate.reached.wait(60)
             # Two by the rules, two that wait, and the one that is being uploaded.
