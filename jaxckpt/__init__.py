@@ -11,6 +11,7 @@ The modules, in the order in which to read them. Each imports only from those th
     _callback     what a training loop calls: resume, save, stop
     _manager      a directory of numbered checkpoints
     _resuming     which of them a run goes on from
+    _deciding     which calls of a manager save, and how these begin
     _background   what of a manager goes on, and failures of which nobody knows
     _uploading    committed steps go on to a second tier
     _copying      a checkpoint goes to another store, verified

@@ -24,7 +24,7 @@ What all of them do, as restoring, is a session in which each failure is told (`
 its loop by an exception posts that as the failure of the next session (`Leader.leave`), for the others must not wait
 for it until a deadline.
 
-Deliberately not here: what is decided (`_manager`).
+Deliberately not here: what is decided (`_deciding`).
 """
 
 from __future__ import annotations

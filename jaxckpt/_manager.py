@@ -7,9 +7,16 @@ of `Retention` decide which older steps go, and a background thread deletes them
     caller's thread      is it due? -> wait for the save in flight, or skip -> snapshot -> goes on
     background thread    write -> commit -> [the save is done] -> sweep, delete, checkpoint.json
 
-A call is decided (`_Decision`) and then carried out. In a group of processes, process 0 decides and tells the others
-(`_leader`), all carry it out, and process 0 alone deletes. A call that is not due, by the numbers of steps alone, needs
-no word. Nothing that happens in the background, at another time in each process, goes into what the others decide.
+The manager puts together those who do the work, and passes each call on to one of them:
+
+    StepSaver     `save`, `save_last`: decides what becomes of a step, and begins its save (`_deciding`)
+    Background    `wait`, `close`: the saves that go on, and the failures of which nobody knows (`_background`)
+    StepReader    `restore`, `resume`, `open`: finds the newest step that is whole (`_resuming`)
+    Keeper        `steps`, `prune`, `pin`, `delete`, `explain`: one for each of the two tiers (`_keeping`)
+    Uploader      brings committed steps to the second tier (`_uploading`)
+
+In a group of processes, process 0 decides and tells the others (`_leader`), all carry it out, and process 0 alone
+deletes.
 
 Invariants:
 
@@ -23,16 +30,14 @@ Invariants:
 * All processes of a group open the same sessions in the same order: each is opened where numbers of steps, earlier
   decisions or the call itself say so, and nothing else.
 
-Deliberately not here: when to save (`_schedule`), what to keep (`_retention`), what is in the directory (`_steps`), the
-deleting (`_keeping`), which step to go on from (`_resuming`), and what goes to a second tier (`_uploading`).
+Deliberately not here: when to save (`_schedule`), what to keep (`_retention`), what is in the directory (`_steps`), and
+what of the work goes on in which of those above.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import logging
 import os
 import sys
 import time
@@ -42,87 +47,24 @@ from typing import Any, Literal, Self, final
 
 from ._background import Background, raise_last
 from ._config import SaveOptions
-from ._errors import (
-    CheckpointError,
-    CoordinationError,
-    NotFoundError,
-    ProcessMismatchError,
-    UnsupportedLeafError,
-    WriteError,
-)
+from ._deciding import SaveCall, StepSaver
+from ._errors import CheckpointError, NotFoundError
 from ._events import CheckpointEvent, Events
 from ._keeping import Keeper, checked_step
 from ._leader import Leader
 from ._manifest import local_directory
-from ._pending import PendingSave, chain_of
+from ._pending import PendingSave
 from ._preemption import Preemption
 from ._processes import current_group
 from ._reading import Checkpoint
 from ._resuming import StepReader
 from ._retention import Best, Retention, Verdict, best_step
-from ._saving import SaveContext, SaveJob, write_error
 from ._schedule import Schedule
 from ._steps import StepDirectory
 from ._storage import Store
 from ._store import open_store
 from ._terminal import ProgressBar
 from ._uploading import Uploader, UploadOptions
-
-_log = logging.getLogger("jaxckpt")
-
-_FORCED = "force=True"
-_PREEMPTED = "preemption"
-_LAST = "the last step"
-_RETRIED = "its save failed before"
-_UNKNOWN = "unknown"  # in the place of a fingerprint
-# Reasons for which a save waits for the one in flight even where others are skipped.
-_URGENT = (_FORCED, _PREEMPTED, _LAST)
-
-# What becomes of a call.
-_NOT_DUE = "not due"
-_SAVED = "saved"  # by this manager
-_THERE = "there"  # from an earlier run
-_LATE = "late"  # no time is left for another save
-_BUSY = "busy"
-_SAVE = "save"
-
-# How long a signal may wait to be seen where process 0 tells of it.
-_PREEMPTION_QUIET_S = 0.5
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Call:
-    """The arguments of a call of `CheckpointManager.save`."""
-
-    step: int
-    tree: Any
-    metrics: Mapping[str, Any] | None
-    items: Mapping[str, Any] | None
-    metadata: Any
-    programs: Mapping[str, Any] | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Decision:
-    """What becomes of a call of `CheckpointManager.save`. In a group it is process 0 that decides.
-
-    Attributes:
-      action: One of the constants above.
-      step: The step that was decided on: in a group, what process 0 was called with.
-      reason: Why it is due.
-      name: Name of the directory that it is saved into; empty: to be looked for.
-      time_s: What time it is, in seconds since 1970, where processes keep manifests of their own.
-      is_preempted: Whether the end of the process is announced.
-      quiet_calls: For how many calls only numbers of steps count.
-    """
-
-    action: str
-    step: int
-    reason: str = ""
-    name: str = ""
-    time_s: float | None = None
-    is_preempted: bool = False
-    quiet_calls: int = 0
 
 
 @final
@@ -230,22 +172,18 @@ class CheckpointManager:
     ) -> None:
         if if_busy not in ("wait", "skip"):
             raise ValueError(f"if_busy must be 'wait' or 'skip', not {if_busy!r}")
-        self._options = options or SaveOptions()
+        options = options or SaveOptions()
         store = open_store(directory)
         remote_store = _open_second_tier(store, upload_to, upload)
         group = current_group()
+        is_first = group is None or group.index == 0
         self._is_local = local and group is not None
         if self._is_local and group is not None:
             store = store.child(local_directory(group.index))
             remote_store = remote_store and remote_store.child(local_directory(group.index))
         self._directory = StepDirectory(store, prefix, width)
-        self._leader = (
-            None if group is None else Leader(group, store.path, self._options.timeout_s, monotonic_s)
-        )
-        self._is_first = group is None or group.index == 0
-        # Whether this process deletes.
-        self._is_keeping = self._is_first or self._is_local
-        self._schedule = Schedule(
+        self._leader = None if group is None else Leader(group, store.path, options.timeout_s, monotonic_s)
+        schedule = Schedule(
             interval_steps=save_interval_steps,
             interval_s=save_interval_s,
             steps=save_steps,
@@ -262,51 +200,44 @@ class CheckpointManager:
             time_to_live_s=time_to_live_s,
             pinned=frozenset(pinned),
         )
-        self._saves_last = save_last
-        self._skips_if_busy = if_busy == "skip"
         events = Events(on_event)
         self._tell = events.tell
-        self._keeper = Keeper(self._directory, self._retention, wall_s, self._tell)
-        self._background = Background(self._tell)
+        self._background = Background(events.tell)
+        self._keeper = Keeper(self._directory, self._retention, wall_s, events.tell)
         # Where steps are, the nearest place first.
         self._tiers = [self._keeper]
         self._uploader: Uploader | None = None
         if remote_store is not None:
-            self._add_tier(
-                StepDirectory(remote_store, prefix, width), upload or UploadOptions(), events, wall_s
-            )
-        self._reader = StepReader(self._tiers, self._leader, self._tell, is_local=self._is_local)
-        self._bar = ProgressBar(sys.stderr) if progress and self._is_first else None
+            upload = upload or UploadOptions()
+            remote_directory = StepDirectory(remote_store, prefix, width)
+            tell_of_remote = functools.partial(events.tell_of_upload, remote_directory.path)
+            remote = Keeper(remote_directory, upload.retention(), wall_s, tell_of_remote)
+            self._tiers.append(remote)
+            if is_first or self._is_local:
+                on_end = functools.partial(self._background.note_upload_end, remote_directory.path)
+                self._uploader = Uploader(self._keeper, remote, upload, events.tell, on_end, wall_s)
+        self._reader = StepReader(self._tiers, self._leader, events.tell, is_local=self._is_local)
+        self._saver = StepSaver(
+            self._tiers,
+            self._uploader,
+            schedule,
+            self._background,
+            self._leader,
+            events,
+            is_local=self._is_local,
+            saves_last=save_last,
+            skips_if_busy=if_busy == "skip",
+            best_metrics=[rule.metric for rule in self._retention.best],
+            options=options,
+            bar=ProgressBar(sys.stderr) if progress and is_first else None,
+            monotonic_s=monotonic_s,
+            wall_s=wall_s,
+        )
         self._monotonic_s = monotonic_s
-        self._wall_s = wall_s
-
         self._programs = programs
         self._is_closed = False
-        self._has_warned_of_metrics = False
-        self._listeners: list[Callable[[int, Any], None]] = []
-        # Of the thread that saves.
-        self._has_seen_steps = False
-        self._unsaved: _Call | None = None
-        self._attempted_step: int | None = None  # of the last save that was decided on
-        self._is_preempted = False
-        self._has_answered_preemption = False
-        self._has_no_time_left = False  # for another save than the one in flight
-        # Read by the thread of that save, too.
-        self._fingerprint_before: Any = None  # of the step in flight, before its save
-
-        self._preemption: Preemption | None = None
         if preemption is not None:
             self.use_preemption(preemption)
-
-    def _add_tier(
-        self, directory: StepDirectory, upload: UploadOptions, events: Events, wall_s: Callable[[], float]
-    ) -> None:
-        tell = functools.partial(events.tell_of_upload, directory.path)
-        remote = Keeper(directory, upload.retention(), wall_s, tell)
-        self._tiers.append(remote)
-        if self._is_keeping:
-            on_end = functools.partial(self._background.note_upload_end, directory.path)
-            self._uploader = Uploader(self._keeper, remote, upload, self._tell, on_end, wall_s)
 
     # --- saving -----------------------------------------------------------------------------------------------
 
@@ -366,342 +297,11 @@ class CheckpointManager:
         """
         step = checked_step(step)
         if self._is_closed:
-            raise ValueError(f"the manager of {self._directory.path!r} is closed")
-        self._has_seen_steps = True
-        if self._uploader is not None:
-            self._uploader.wake_first()
-        call = _Call(step, tree, metrics, items, metadata, self._programs if programs is None else programs)
-        decide: Callable[[], _Decision] | None = None
-        if self._leader is not None:
-            if self._is_word_needed(step, force=force):
-                decide = functools.partial(self._decide, step, metrics, force=force, overwrite=overwrite)
-        else:
-            self._look_for_preemption(step)
-            reason = self._reason_to_save(step, metrics, force=force)
-            if reason is not None:
-                decide = functools.partial(self._decide_due, step, reason, overwrite=overwrite)
-        if decide is None:
-            self._unsaved = call if self._saves_last else None
-            return None
-        return self._decide_and_act(call, decide)
-
-    def _is_word_needed(self, step: int, *, force: bool) -> bool:
-        """Whether process 0 has to decide on this call; each process of a group finds the same."""
-        assert self._leader is not None
-        is_due = self._schedule.is_due_by_number(step)
-        is_quiet = self._leader.is_quiet()
-        has_question = self._schedule.has_open_question(step)
-        if self._preemption is not None and not self._is_preempted:
-            if self._preemption.is_agreed_by_jax:
-                self._look_for_preemption(step)
-            else:
-                has_question = True
-        # Whether the last save failed may be known in one process and not yet in another.
-        is_sure = is_due or force or step == self._attempted_step
-        is_sure |= self._is_preempted and not self._has_answered_preemption
-        return is_sure or (has_question and not is_quiet)
-
-    def _look_for_preemption(self, step: int) -> None:
-        if self._preemption is None or self._is_preempted:
-            return
-        if self._preemption.is_requested(step, is_for_all=self._leader is not None):
-            self._note_preempted(step)
-
-    def _note_preempted(self, step: int) -> None:
-        self._is_preempted = True
-        self._tell("preempted", step, f"the end of the process is announced; step {step} is saved")
-
-    def _reason_to_save(self, step: int, metrics: Mapping[str, Any] | None, *, force: bool) -> str | None:
-        if force:
-            return _FORCED
-        if self._is_preempted and not self._has_answered_preemption:
-            return _PREEMPTED
-        if step == self._keeper.failed_step:
-            return _RETRIED
-        return self._schedule.reason_to_save(step, metrics)
-
-    def _decide(
-        self, step: int, metrics: Mapping[str, Any] | None, *, force: bool, overwrite: bool
-    ) -> _Decision:
-        """Whether the step is due, and what becomes of it; in process 0 of a group."""
-        assert self._leader is not None
-        quiet_s = self._schedule.quiet_s()
-        if self._preemption is not None and not self._preemption.is_agreed_by_jax:
-            self._look_for_preemption(step)
-            quiet_s = min(quiet_s, _PREEMPTION_QUIET_S)
-        reason = self._reason_to_save(step, metrics, force=force)
-        if reason is None:
-            return _Decision(_NOT_DUE, step, quiet_calls=self._leader.count_quiet_calls(quiet_s))
-        return self._decide_due(step, reason, overwrite=overwrite)
-
-    def _decide_due(self, step: int, reason: str, *, overwrite: bool) -> _Decision:
-        """What becomes of a step that is due.
-
-        Raises:
-          WriteError: Storage does not say what is there, and nothing is overwritten blindly.
-        """
-        if step == self._keeper.last_step and not overwrite:
-            return _Decision(_SAVED, step)
-        in_flight = self._background.in_flight()
-        if in_flight is not None and reason == _PREEMPTED and not self._has_time_for_another(in_flight):
-            return _Decision(_LATE, step)
-        if in_flight is not None and self._skips_if_busy and reason not in _URGENT:
-            return _Decision(_BUSY, step, reason)
-        name = ""
-        try:
-            if not overwrite and self._is_there_already(step):
-                return _Decision(_THERE, step)
-            if self._leader is not None and not self._is_local:
-                name = self._directory.store_of(step).name
-        except OSError as error:
-            store = self._directory.usual_store_of(step)
-            raise write_error(store, error, self._newest_good(), is_committed=False) from error
-        return _Decision(_SAVE, step, reason, name, self._wall_s() if self._is_local else None)
-
-    def _decide_and_act(self, call: _Call, decide: Callable[[], _Decision]) -> PendingSave | None:
-        entered_s = self._monotonic_s()
-        try:
-            decision = self._hear(decide)
-        except ProcessMismatchError:
-            raise
-        except (WriteError, CoordinationError) as error:
-            return self._fail_undecided(call.step, error)
-        return self._carry_out(call, decision, entered_s)
-
-    def _hear(self, decide: Callable[[], _Decision]) -> _Decision:
-        """What is decided, in a group by process 0."""
-        if self._leader is None:
-            return decide()
-
-        def decide_for_all() -> tuple[Any, ...]:
-            decision = decide()
-            return dataclasses.astuple(dataclasses.replace(decision, is_preempted=self._is_preempted))
-
-        decision = _Decision(*self._leader.tell("decide on saving into", decide_for_all))
-        self._leader.note_quiet_calls(decision.quiet_calls)
-        if decision.is_preempted and not self._is_preempted:
-            if self._preemption is not None:
-                self._preemption.request()
-            self._note_preempted(decision.step)
-        return decision
-
-    def _carry_out(self, call: _Call, decision: _Decision, entered_s: float) -> PendingSave | None:
-        step = call.step
-        if decision.action == _NOT_DUE:
-            self._unsaved = call if self._saves_last else None
-            return None
-        if decision.action == _LATE:
-            self._has_answered_preemption = True
-            self._has_no_time_left = True
-            self._unsaved = call if self._saves_last else None
-            message = f"too little time is left, and step {self._background.step} is on its way"
-            self._tell("skipped", step, f"step {step} is not saved: {message}")
-            return self._background.pending
-        if decision.action == _BUSY:
-            self._schedule.note_skipped(decision.reason)
-            self._unsaved = call if self._saves_last else None
-            message = f"step {self._background.step} is still on its way"
-            self._tell("skipped", step, f"step {step} is not saved: {message}")
-            return None
-        if decision.action in (_SAVED, _THERE):
-            if decision.action == _THERE:
-                self._note_there(decision.step)
-            self._has_answered_preemption |= self._is_preempted
-            self._unsaved = None
-            return None
-        waited_s = 0.0
-        in_flight = self._background.in_flight()
-        if in_flight is not None:
-            in_flight.wait_done()
-            waited_s = self._monotonic_s() - entered_s
-            self._tell(
-                "waited", step, f"step {step} waited {waited_s:.3f} s for step {self._background.step}"
-            )
-        return self._start(call, decision, waited_s, entered_s)
-
-    def _start(self, call: _Call, decision: _Decision, waited_s: float, entered_s: float) -> PendingSave:
-        if (self._leader and self._leader.group) is not current_group():
-            raise RuntimeError(
-                "jax.distributed was initialised or shut down since the manager was made\n"
-                "make the manager after jax.distributed.initialize, and close it before the shutdown"
-            )
-        step = call.step
-        # A process that was called with another step saves that one, and the save itself finds out that they differ.
-        is_same = step == decision.step
-        time_s = decision.time_s
-        began_s = time.perf_counter()
-        self._warn_of_missing_metrics(call)
-        for listener in self._listeners:
-            listener(step, call.tree)
-        if self._is_keeping:
-            self._keeper.sweep_once()
-        context = SaveContext(
-            metadata=call.metadata,
-            items=call.items,
-            programs=call.programs,
-            metrics=call.metrics,
-            step=step,
-            began_s=began_s,
-            waited_s=waited_s,
-            wall_s=self._wall_s if time_s is None else lambda: time_s,
-            earlier=self._newest_store,
-            newest_good=self._newest_good,
-            on_progress=None if self._bar is None else self._bar.show,
-        )
-        name = decision.name if is_same else ""
-        store, self._fingerprint_before = self._directory.begin(step, name, _UNKNOWN)
-        pending = PendingSave(
-            store.path,
-            functools.partial(self._on_end, step),
-            functools.partial(self._tidy, step) if self._is_keeping else None,
-        )
-        self._tell("saving", step, f"saving step {step}: {decision.reason}")
-        self._keeper.note_last(step)
-        self._attempted_step = decision.step
-        self._schedule.note_saved(decision.step)
-        job: SaveJob | None = None
-        try:
-            job = SaveJob(
-                store,
-                call.tree,
-                True,
-                context,
-                self._options,
-                is_blocking=False,
-                is_local=self._is_local,
-            )
-            self._background.begin(pending, step)
-            pending.start(job)
-        except BaseException as error:  # an interrupt, too
-            if not pending.done() and job is not None:
-                job.abandon(error)
-            if _is_of_the_caller(error):
-                self._forget(pending, step)
-                raise
-            if not pending.done():
-                pending.fail(error)
-            # The failure is kept, and would keep this frame and those of all callers, with the trees in them.
-            for link in chain_of(error):
-                link.__traceback__ = None
-        finally:
-            self._schedule.note_blocked(self._monotonic_s() - entered_s)
-        self._unsaved = None
-        self._has_answered_preemption |= self._is_preempted
-        return pending
-
-    def _tidy(self, step: int) -> None:
-        """Called in the background after a save, while nobody waits."""
-        self._keeper.tidy(step)
-        if self._uploader is not None:
-            self._uploader.wake()
-
-    def _fail_undecided(self, step: int, failure: CheckpointError) -> PendingSave:
-        """It was not found out what shall become of the step: it is given up, and the loop goes on."""
-        self._attempted_step = step
-        self._schedule.note_resumed(step)
-        self._unsaved = None
-        self._has_answered_preemption |= self._is_preempted
-        pending = PendingSave(
-            self._directory.usual_store_of(step).path, functools.partial(self._on_end, step)
-        )
-        pending.fail(failure)
-        for link in chain_of(failure):
-            link.__traceback__ = None
-        return pending
-
-    def _warn_of_missing_metrics(self, call: _Call) -> None:
-        """A typo in ``best=`` would have the best steps deleted in silence; said once."""
-        missing = [best.metric for best in self._retention.best if best.metric not in (call.metrics or {})]
-        if missing and self._is_first and not self._has_warned_of_metrics:
-            self._has_warned_of_metrics = True
-            _log.warning(
-                "step %d has no metric %s, by which best= shall keep steps",
-                call.step,
-                ", ".join(map(repr, missing)),
-            )
-
-    def _forget(self, pending: PendingSave, step: int) -> None:
-        """The caller's mistake, or an interrupt, ended a save: it is raised there, and nowhere else."""
-        self._directory.end()
-        if self._leader is None:
-            self._schedule.note_given_up()
-        else:  # the others' schedules know of no mistake
-            self._keeper.note_failed(step)
-        self._background.forget(pending)
-        self._keeper.note_last(None)
-
-    def _has_time_for_another(self, in_flight: PendingSave) -> bool:
-        """Whether the grace that is left is enough for the rest of a save and for another one, as the last one went."""
-        assert self._preemption is not None
-        remaining_s = self._preemption.remaining_s()
-        if remaining_s is None or self._background.last_info is None:
-            return True
-        one_save_s = self._background.last_info.seconds - self._background.last_info.waited_s
-        rest_s = max(0.0, one_save_s - in_flight.progress().elapsed_s)
-        return rest_s + one_save_s <= remaining_s
-
-    def _is_there_already(self, step: int) -> bool:
-        """Whether a step is committed that this manager did not save."""
-        if not self._keeper.has(step):
-            return self._uploader is not None and self._uploader.is_there(step)
-        # If so, this manager wrote it, and it may not be durable.
-        return not step == self._keeper.failed_step == self._background.step
-
-    def _note_there(self, step: int) -> None:
-        self._schedule.note_resumed(step)
-        message = (
-            f"step {step} is not saved: it is in {self._path_of_any(step)!r} already, from an earlier run\n"
-            "resume from the newest step, delete that one, or pass overwrite=True"
-        )
-        if self._is_first:
-            _log.warning("%s", message)
-        self._tell("skipped", step, message)
-
-    def _path_of_any(self, step: int) -> str:
-        """The directory, or the second tier if the step is there only."""
-        is_remote = self._uploader is not None and not self._keeper.has(step)
-        return self._tiers[-1 if is_remote else 0].directory.path
-
-    def _newest_store(self) -> Store | None:
-        """Where the newest step of the directory is."""
-        try:
-            newest = self._keeper.latest_step()
-        except OSError:
-            return None
-        return None if newest is None else self._directory.store_of(newest)
-
-    def _newest_good(self) -> str:
-        try:
-            newest = self._keeper.latest_step()
-        except OSError:
-            return "what is in the directory cannot be found out"
-        return "no step is committed" if newest is None else f"the newest committed step is {newest}"
-
-    def _on_end(self, step: int, pending: PendingSave) -> None:
-        """Called in the background when a save has ended."""
-        self._directory.end()
-        if self._bar is not None:
-            self._bar.close()
-        failure = pending.failure
-        late = None if failure is None else self._late_fingerprint(step)
-        self._background.note_end(pending)
-        if failure is not None:
-            self._keeper.note_failed(step, late)
-        else:
-            self._keeper.note_saved(step)
-        if failure is not None:
-            self._tell("failed", step, f"step {step} is not saved: {failure}", error=failure)
-        elif pending.info is not None:
-            self._tell("saved", step, f"saved step {step} in {pending.info.seconds:.3f} s", info=pending.info)
-
-    def _late_fingerprint(self, step: int) -> Any:
-        """Fingerprint of what a failed save has put in place all the same, or None."""
-        try:
-            fingerprint = self._directory.fingerprint_of(step)
-        except OSError:
-            return None
-        is_changed = self._fingerprint_before not in (_UNKNOWN, fingerprint)
-        return fingerprint if is_changed else None
+            raise ValueError(f"the manager of {self.directory!r} is closed")
+        if programs is None:
+            programs = self._programs
+        call = SaveCall(step, tree, metrics, items, metadata, programs)
+        return self._saver.save(call, force=force, overwrite=overwrite)
 
     # --- keeping ----------------------------------------------------------------------------------------------
 
@@ -953,7 +553,7 @@ class CheckpointManager:
         if self._reader.has_nothing():
             return None
         step, tree = self._restore(None, like, fallback, keywords)
-        self._begin_from(step)
+        self._saver.begin_from(step)
         return step, tree
 
     def _restore(
@@ -965,17 +565,10 @@ class CheckpointManager:
         else:
             step = checked_step(step)
             tree = self._reader.read(step, like, keywords)
-        if not self._has_seen_steps:
-            self._begin_from(step)
+        if not self._saver.has_seen_steps:
+            self._saver.begin_from(step)
         self._tell("restored", step, f"restored step {step}")
         return step, tree
-
-    def _begin_from(self, step: int) -> None:
-        """Training goes on from a step that is on storage."""
-        self._unsaved = None
-        self._schedule.note_resumed(step)
-        for keeper in self._tiers:
-            keeper.note_last(step)
 
     def watch(
         self, *, timeout_s: float | None = None, poll_s: float = 1.0, after: int | None = None
@@ -1051,38 +644,17 @@ class CheckpointManager:
 
         Collective: all processes of a group.
         """
-        call, self._unsaved = self._unsaved, None
-        if call is None or not self._saves_last:
-            return None
-        pending = self._decide_and_act(call, functools.partial(self._decide_last, call))
-        self._unsaved = None
-        return pending
-
-    def _decide_last(self, call: _Call) -> _Decision:
-        if call.step == self._keeper.last_step:
-            return _Decision(_NOT_DUE, call.step)
-        in_flight = self._background.in_flight()
-        if self._has_no_time_left and in_flight is not None:
-            in_flight.wait_done()
-        if self._has_no_time_left and self._keeper.failed_step is None:
-            # There was no time for this step, and the one on its way arrived.
-            return _Decision(_NOT_DUE, call.step)
-        if _is_gone(call.tree):
-            _log.warning("step %d, the last one, is not saved: its arrays were donated since", call.step)
-            return _Decision(_NOT_DUE, call.step)
-        return self._decide_due(call.step, _LAST, overwrite=False)
+        return self._saver.save_last()
 
     def _end(self) -> None:
         try:
             self._background.wait_until_idle()
             if self._uploader is not None:
-                self._uploader.finish(
-                    self._preemption.remaining_s() if self._preemption is not None else None
-                )
+                self._uploader.finish(None if self.preemption is None else self.preemption.remaining_s())
         finally:  # an interrupt, too
             self._is_closed = True
-            if self._preemption is not None:
-                self._preemption.uninstall()
+            if self.preemption is not None:
+                self.preemption.uninstall()
 
     def __enter__(self) -> Self:
         return self
@@ -1094,7 +666,7 @@ class CheckpointManager:
             self.close()
             return
         # Whatever ended the loop is what the caller must see. The tree may be half a step: it is not saved.
-        self._unsaved = None
+        self._saver.forget_last()
         if self._leader is not None and not self._is_closed:
             self._leader.leave(error)  # the others may wait for this process
         self._end()
@@ -1108,13 +680,13 @@ class CheckpointManager:
           RuntimeError: This is not the main thread.
         """
         preemption.install()
-        if self._preemption is not None and self._preemption is not preemption:
-            self._preemption.uninstall()
-        self._preemption = preemption
+        if self.preemption is not None and self.preemption is not preemption:
+            self.preemption.uninstall()
+        self._saver.preemption = preemption
 
     def add_listener(self, listener: Callable[[int, Any], None]) -> None:
         """Calls ``listener(step, tree)`` right before each save, in the thread that saves."""
-        self._listeners.append(listener)
+        self._saver.listeners.append(listener)
 
     @property
     def is_in_group(self) -> bool:
@@ -1131,12 +703,12 @@ class CheckpointManager:
     @property
     def preemption(self) -> Preemption | None:
         """What announces the end of the process."""
-        return self._preemption
+        return self._saver.preemption
 
     @property
     def should_stop(self) -> bool:
         """Whether the end of the process is announced and its step was saved: the loop should leave."""
-        return self._has_answered_preemption
+        return self._saver.has_answered_preemption
 
 
 def _open_second_tier(
@@ -1150,21 +722,3 @@ def _open_second_tier(
     if store.path == directory.path:
         raise ValueError(f"upload_to= must be another place than the directory, {directory.path!r}")
     return store
-
-
-def _is_of_the_caller(error: BaseException) -> bool:
-    """Whether a save failed by a mistake in the call, or was interrupted; not because storage or a process failed."""
-    if isinstance(error, (UnsupportedLeafError, ProcessMismatchError)):
-        return True
-    cause = error.__cause__
-    if isinstance(error, CoordinationError) and error.failures and cause is not None:
-        # What this process made of its own error when it told the others.
-        return not isinstance(cause, (OSError, CoordinationError)) and _is_of_the_caller(cause)
-    return not isinstance(error, CheckpointError)
-
-
-def _is_gone(tree: Any) -> bool:
-    """Whether an array of the tree was donated or deleted."""
-    import jax
-
-    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree))

@@ -52,7 +52,7 @@ LEVELS = (
     ("_copying", "_inspect", "_restoring", "_saving"),
     ("_adopting", "_bundling", "_converting", "_events", "_pending", "_uploading"),
     ("_background", "_exchange"),
-    ("_checkpoint",),
+    ("_checkpoint", "_deciding"),
     ("_resuming",),
     ("_manager",),
     ("_callback", "_cli"),
