@@ -9,8 +9,8 @@ saves and uploads that nobody was told of:
 
 Invariants:
 
-* A failure is kept until somebody takes it, or sees it by its `PendingSave`. A later save that went well makes up for
-  it: it is told still, but spoils no exit status. Of many failures the last one is told.
+* A failure is kept until it is taken; the next one takes the place of those that somebody has seen. A later save that
+  went well makes up for them: the last one is told still, and no exit status is spoilt.
 * A hook that waits for its own save does not wait: it would for ever.
 
 Deliberately not here: saving (`_deciding`), uploading (`_uploading`), and the exit status (`_pending`).
