@@ -154,7 +154,12 @@ def parse_url(url: str) -> tuple[Place, Access]:
     bucket, _, prefix = ("", "", location) if scheme == "memory" else location.partition("/")
     if not bucket and scheme != "memory":
         raise CheckpointError(f"{url!r} names no bucket: {scheme}://bucket/prefix")
-    place = Place(scheme, bucket, urllib.parse.unquote(prefix.strip("/")), query)
+    try:
+        prefix = urllib.parse.unquote(prefix.strip("/"), errors="strict")
+        prefix.encode()
+    except UnicodeError as error:  # to be taken for another prefix, or for no text at all
+        raise CheckpointError(f"{url!r}: a prefix must be UTF-8, also where % stands for bytes") from error
+    place = Place(scheme, bucket, prefix, query)
     odd = [part for part in place.prefix.split("/") if part in ("", ".", "..")]
     if odd and place.prefix and scheme != "memory":
         # In the path of a request they name another object, for the client or for some servers.
@@ -310,12 +315,14 @@ class BucketStore(Store):
     def publish(self, name: str, data: bytes) -> None:
         self.put(name, data)
 
-    def publish_next(self, name: str, data: bytes) -> None:
+    def publish_next(self, name: str, data: bytes, *, may_replace: bool = True) -> None:
         key, patience_s = self._prefix + name, self._patience_s(len(data))
         with self._plain_errors(name):
             # Only in the place of what is there at this moment: so the store refuses a request that comes too late.
-            before = self._root.read(key, byte_range=slice(0, 0)).result(timeout=self._timeout_s).stamp
-            after = self._root.write(key, data, if_equal=before.generation).result(timeout=patience_s)
+            before = self._root.read(key, byte_range=slice(0, 0)).result(timeout=self._timeout_s)
+            if before.state == "value" and not may_replace:
+                raise FileExistsError(errno.EEXIST, "it is there already", self._name_of(name))
+            after = self._root.write(key, data, if_equal=before.stamp.generation).result(timeout=patience_s)
         # A request that was sent again, for want of an answer, may have been refused for its own success.
         if not after.generation and self._value(name, None) != data:
             raise OSError(errno.EBUSY, "somebody else has committed here meanwhile", self._name_of(name))
@@ -440,12 +447,15 @@ class BucketStore(Store):
                 reading = self._root.read(self._prefix + name, byte_range=byte_range)
                 result = reading.result(timeout=self._patience_s(nbytes))
         except OSError as error:
-            if not str(error.strerror).startswith("OUT_OF_RANGE"):
+            if byte_range is None or not str(error.strerror).startswith("OUT_OF_RANGE"):
                 raise
             size = re.search(r"total size (\d+)", str(error.strerror))
             return None, int(size[1]) if size else None
-        if result.state != "value":
+        if result.state == "missing":
             raise FileNotFoundError(errno.ENOENT, "no such object", self._name_of(name))
+        if result.state != "value":
+            what = "the answer says that nothing has changed, which was not asked"
+            raise OSError(errno.ECONNABORTED, what, self._name_of(name))
         return result.value, None
 
     def _name_of(self, name: str) -> str:
@@ -453,10 +463,10 @@ class BucketStore(Store):
 
     @contextlib.contextmanager
     def _plain_errors(self, name: str) -> Generator[None]:
-        """TensorStore reports everything as ValueError; callers know OSError."""
+        """TensorStore reports everything as ValueError, but for what a server does not do; callers know OSError."""
         try:
             yield
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             code = re.match("[A-Z_]+(?=: )", str(error))
             number = _ERRNO_OF_CODE.get(code[0] if code else "", errno.ECONNABORTED)
             reason = _first_line(str(error))

@@ -117,7 +117,11 @@ class Attempt:
         with _commit_lock:
             self._replaced = self._look_for_replaced()
             self._is_publishing = True
-            self.store.publish_next(MANIFEST_NAME, data)
+            try:
+                self.store.publish_next(MANIFEST_NAME, data, may_replace=self._may_overwrite)
+            except FileExistsError as error:
+                self._is_publishing = False  # no request was sent
+                raise ExistsError(_exists_message(self.store)) from error
         self._end_hold()
         if not keeps_replaced:
             self.forget_replaced()

@@ -141,8 +141,13 @@ class Store(abc.ABC):
     def publish(self, name: str, data: bytes) -> None:
         """Replaces an object atomically and durably."""
 
-    def publish_next(self, name: str, data: bytes) -> None:
-        """As `publish`, and where that may be carried out late, it does not replace what is published after this."""
+    def publish_next(self, name: str, data: bytes, *, may_replace: bool = True) -> None:
+        """As `publish`, and where that may be carried out late, it does not replace what is published after this.
+
+        Without ``may_replace`` nothing may be there, as the caller has seen; what came since then is found, too, where
+        storage can tell (FileExistsError).
+        """
+        del may_replace
         self.publish(name, data)
 
     @abc.abstractmethod

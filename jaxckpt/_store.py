@@ -85,7 +85,8 @@ def open_store(path: str | os.PathLike[str] | Store) -> Store:
     text = os.fspath(path)
     if "://" in text and not text.startswith("file://"):
         return open_bucket(text)
-    if not isinstance(path, str) and (match := re.match("([a-z0-9]+):/", text)):
+    schemes = "s3|gs|memory" if isinstance(path, str) else "[a-z0-9]+"
+    if (match := re.match(f"({schemes}):/", text)) is not None:
         raise CheckpointError(
             f"{text!r} is a URL that became a path: pass '{match[1]}://...' as text, not as a Path"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import errno
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -402,3 +403,113 @@ def test_the_length_of_an_object_is_exact(url: str, length: int, asked: int) -> 
     assert store.has_length("object", asked) == (length == asked)
     with pytest.raises(FileNotFoundError):
         store.has_length("other", asked)
+
+
+# --- what a strict reader of URLs and answers refuses -----------------------------------------------------------
+
+
+def test_a_server_that_does_not_do_what_is_asked_is_an_error_of_storage(url: str) -> None:
+    store = BucketStore(
+        open_bucket(url)._place, FailingRoot(NotImplementedError("NotImplemented [a='1']")), 1.0
+    )
+    with pytest.raises(OSError, match="NotImplemented") as caught:
+        store.put("object", b"")
+    assert caught.value.filename == f"{url}/object"
+    with pytest.raises(jaxckpt.WriteError, match="NotImplemented"):
+        jaxckpt.save(store, small_tree())
+
+
+class OddRoot:
+    """TensorStore's view of a bucket that gives one answer to every read."""
+
+    def __init__(self, state: str, error: Exception | None = None) -> None:
+        self.state = state
+        self.value = b""
+        self._error = error
+
+    def read(self, key: str, **keywords: Any) -> Any:
+        return self
+
+    def result(self, timeout: float) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self
+
+
+@pytest.mark.parametrize(
+    "root", [OddRoot("unspecified"), OddRoot("value", ValueError("OUT_OF_RANGE: InvalidRange"))]
+)
+def test_an_odd_answer_does_not_make_a_checkpoint_missing(root: OddRoot) -> None:
+    store = BucketStore(parse_url("memory://run")[0], root, 1.0)
+    with pytest.raises(OSError, match="nothing has changed|InvalidRange"):
+        store.read("manifest.msgpack", 10)
+    with pytest.raises(jaxckpt.CheckpointError) as caught:
+        jaxckpt.restore(store)
+    assert not isinstance(caught.value, (jaxckpt.NotFoundError, jaxckpt.FormatError))
+
+
+@pytest.mark.parametrize("wrong", ["s3://bucket/a%ff", "gs://bucket/a\udcff/b", "memory://%c3"])
+def test_a_prefix_that_is_no_text_is_refused_and_not_taken_for_another(wrong: str) -> None:
+    with pytest.raises(jaxckpt.CheckpointError, match="must be UTF-8"):
+        open_store(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["s3:/bucket/run", "gs:/bucket/run", "memory:/run"])
+def test_the_text_of_a_path_that_was_a_url_is_refused(
+    wrong: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where it would be saved
+    with pytest.raises(jaxckpt.CheckpointError, match="is a URL that became a path"):
+        jaxckpt.save(wrong, small_tree())
+    assert list(tmp_path.iterdir()) == []
+
+
+class BusyRoot:
+    """TensorStore's view of a bucket in which somebody commits after the last look for a manifest."""
+
+    def __init__(self, root: Any, commit: Callable[[], object], last_look: int) -> None:
+        self._root = root
+        self._commit = commit
+        self._looks = 0
+        self._last_look = last_look
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._root, name)
+
+    def read(self, key: str, **keywords: Any) -> Any:
+        answer = self._root.read(key, **keywords).result()
+        if key.endswith("manifest.msgpack"):
+            self._looks += 1
+            if self._looks == self._last_look:
+                self._commit()
+        return Answered(answer)
+
+
+class Answered:
+    """A request that was answered."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def result(self, timeout: float) -> Any:
+        return self._answer
+
+
+@pytest.mark.parametrize("may_overwrite", [False, True])
+def test_a_commit_right_before_ours_is_replaced_only_if_that_is_allowed(
+    url: str, may_overwrite: bool
+) -> None:
+    store = open_bucket(url)
+    jaxckpt.save(url, small_tree(1))
+    manifest = store.read(MANIFEST_NAME, MIB)
+    store.delete(MANIFEST_NAME)  # of which the other one says next that it is there
+    # A save that may not overwrite looks when it begins, too.
+    root = BusyRoot(store._root, lambda: store.put(MANIFEST_NAME, manifest), 1 if may_overwrite else 2)
+    busy = BucketStore(store._place, root, timeout_s=1.0)
+    if may_overwrite:
+        jaxckpt.save(busy, small_tree(2), overwrite=True)
+    else:
+        with pytest.raises(jaxckpt.ExistsError):
+            jaxckpt.save(busy, small_tree(2))
+        assert sum(name.startswith("data-") for name in store.names()) == 1
+    assert_same_tree(jaxckpt.restore(url), small_tree(2 if may_overwrite else 1))
