@@ -307,7 +307,9 @@ class BucketStore(Store):
 
     def put(self, name: str, data: bytes) -> None:
         with self._plain_errors(name):
-            self._root.write(self._prefix + name, data).result(timeout=self._patience_s(len(data)))
+            done = self._root.write(self._prefix + name, data).result(timeout=self._patience_s(len(data)))
+        if not done.generation:  # 412, which is for requests with a condition, is no error to TensorStore
+            raise OSError(errno.ECONNABORTED, "the store has not taken the object", self._name_of(name))
 
     def sync(self) -> None:
         """Nothing to do: an object store acknowledges a write when it is durable."""

@@ -302,7 +302,9 @@ class StepDirectory:
 
     def delete(self, step: int) -> bool:
         """Deletes a step under each of its names, marker first; False when somebody is reading it."""
-        names = [name for name, other in self._candidates().items() if other == step]
+        names = [self._name_of(step)]
+        if self._has_other_names:
+            names = [name for name, other in self._candidates().items() if other == step]
         committed = [name for name in names if self.fingerprint(name) is not None]
         return all(self._store.delete_link(name) or retract(self._store.child(name)) for name in committed)
 

@@ -194,6 +194,24 @@ def test_records_of_a_new_manager_come_from_the_listing_and_one_object(url: str)
     assert calls == {"list": 1, "read": 1}
 
 
+def test_a_step_is_deleted_without_a_listing_of_the_others(url: str) -> None:
+    with jaxckpt.CheckpointManager(url, max_to_keep=None) as manager:
+        for step in range(9):
+            manager.save(step, small_tree(step))
+    listings: dict[int, int] = {}
+    for kept in (8, 2):
+        store, calls = counting_store(url)
+        deleted = jaxckpt.CheckpointManager(store, max_to_keep=kept).prune()
+        # Of each step that is deleted: what else is in it.
+        listings[len(deleted)] = calls["list"] - len(deleted)
+    assert listings[6] == listings[1]
+    jaxckpt.save(f"{url}/step_8", small_tree(9))
+    assert jaxckpt.CheckpointManager(url, max_to_keep=1, pinned=[7]).prune() == []
+    manager.steps()
+    manager.delete(8)  # under both of its names
+    assert jaxckpt.CheckpointManager(url).steps() == [7]
+
+
 def test_a_step_that_was_replaced_is_not_taken_for_the_one_in_the_cache(url: str) -> None:
     manager = jaxckpt.CheckpointManager(url)
     for step, loss in ((1, 0.5), (2, 0.7)):
@@ -420,7 +438,9 @@ def test_a_server_that_does_not_do_what_is_asked_is_an_error_of_storage(url: str
 
 
 class OddRoot:
-    """TensorStore's view of a bucket that gives one answer to every read."""
+    """TensorStore's view of a bucket that gives one answer to everything."""
+
+    generation = b""
 
     def __init__(self, state: str, error: Exception | None = None) -> None:
         self.state = state
@@ -428,6 +448,9 @@ class OddRoot:
         self._error = error
 
     def read(self, key: str, **keywords: Any) -> Any:
+        return self
+
+    def write(self, key: str, value: bytes) -> Any:
         return self
 
     def result(self, timeout: float) -> Any:
@@ -446,6 +469,13 @@ def test_an_odd_answer_does_not_make_a_checkpoint_missing(root: OddRoot) -> None
     with pytest.raises(jaxckpt.CheckpointError) as caught:
         jaxckpt.restore(store)
     assert not isinstance(caught.value, (jaxckpt.NotFoundError, jaxckpt.FormatError))
+
+
+def test_an_object_that_was_not_taken_is_not_counted_as_written() -> None:
+    store = BucketStore(parse_url("memory://run")[0], OddRoot("missing"), 1.0)
+    with pytest.raises(OSError, match="has not taken") as caught:
+        store.put("data/packs/0-0", b"bytes")
+    assert caught.value.filename == "memory://run/data/packs/0-0"
 
 
 @pytest.mark.parametrize("wrong", ["s3://bucket/a%ff", "gs://bucket/a\udcff/b", "memory://%c3"])
