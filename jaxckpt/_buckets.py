@@ -45,6 +45,8 @@ _FINGERPRINT_BYTES = 64
 _RETRIES = {"max_retries": 10, "initial_delay": "250ms", "max_delay": "10s"}
 # For one request with its retries, and what a slow connection takes on top of that.
 _TIMEOUT_S = 300.0
+# What one connection carries in the time that a store takes to answer, some 10 ms at 25 MB/s.
+_GAP_BYTES_MAX = 256 << 10
 _SLOWEST_BYTES_PER_S = 256 << 10
 # A listing and the deletion of a prefix are many requests.
 _REQUESTS_OF_A_LISTING = 20
@@ -283,6 +285,7 @@ class BucketStore(Store):
     """A prefix of an object store."""
 
     is_remote = True
+    gap_bytes_max = _GAP_BYTES_MAX
 
     def __init__(self, place: Place, root: Any, timeout_s: float) -> None:
         """The store of a place; see `open_bucket`.

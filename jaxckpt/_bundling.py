@@ -134,7 +134,7 @@ def _read_row(
         leaf = plan.targets[entry.number].leaf
         shape = manifest.spec(leaf).stored_shape
         wanted.append((leaf, [((0,) * len(shape), shape)]))
-    reads = plan_reads(checkpoint.index, wanted, PIECE_BYTES)
+    reads = plan_reads(checkpoint.index, wanted, PIECE_BYTES, gap_bytes_max=checkpoint.store.gap_bytes_max)
     executor.check_objects(reads)
     executor.read(reads)
     if not executor.problems:

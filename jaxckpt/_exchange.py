@@ -770,7 +770,8 @@ class Exchange:
             needed = [box for box in its_boxes.values() if box is not None]
             wanted.append((move.target.leaf, [(lo + zeros, hi + tail) for lo, hi in needed]))
             places += [(move.number, box) for box in needed]
-        reads = plan_reads(self._checkpoint.index, wanted, unit_bytes)
+        gap_bytes_max = self._checkpoint.store.gap_bytes_max
+        reads = plan_reads(self._checkpoint.index, wanted, unit_bytes, gap_bytes_max=gap_bytes_max)
         executor.check_objects(reads)
         executor.read(reads)
         return dict(zip(places, reads.destinations, strict=True))

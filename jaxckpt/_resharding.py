@@ -4,7 +4,7 @@ A restore wants, for each leaf, the boxes that its devices need (`Destination`);
 the shards of a saved array does not matter any more: everything is boxes against boxes. `plan_reads` finds for every
 chunk the destinations that it overlaps and the checksum blocks that they need. Each block is listed once, however many
 destinations want it. Neighbouring blocks are joined into read *units*; chunks that lie side by side in a pack are read
-together. A large tree has few shapes, so what was found for one leaf (`Cut`) serves all with the same spec of which the
+together, and, where a request costs more than bytes do, what lies between them is read in vain. A large tree has few shapes, so what was found for one leaf (`Cut`) serves all with the same spec of which the
 same boxes are wanted; each chunk is only looked up in its table then.
 
 Everything here is pure. `_fetching` carries the reads out.
@@ -158,6 +158,7 @@ def plan_reads(
     wanted: Iterable[tuple[int, Sequence[Box]]],
     unit_bytes: int,
     fortran: Collection[int] = (),
+    gap_bytes_max: int = 0,
 ) -> ReadPlan:
     """Plans the reads for boxes of leaves.
 
@@ -166,8 +167,9 @@ def plan_reads(
       wanted: Leaves, each with the distinct boxes of its stored form that are needed.
       unit_bytes: Most bytes of one read; at least a block.
       fortran: Leaves whose boxes are to lie in Fortran order.
+      gap_bytes_max: Most bytes between two wanted chunks of a pack that are read together; see `Store`.
     """
-    planner = _ReadPlanner(index, max(unit_bytes // BLOCK_BYTES, 1), fortran)
+    planner = _ReadPlanner(index, max(unit_bytes // BLOCK_BYTES, 1), fortran, gap_bytes_max)
     for leaf, boxes in wanted:
         planner.add_leaf(leaf, boxes)
     return planner.finish()
@@ -175,11 +177,14 @@ def plan_reads(
 
 @final
 class _ReadPlanner:
-    def __init__(self, index: ChunkIndex, unit_blocks: int, fortran: Collection[int]) -> None:
+    def __init__(
+        self, index: ChunkIndex, unit_blocks: int, fortran: Collection[int], gap_bytes_max: int
+    ) -> None:
         self._index = index
         self._manifest = index.manifest
         self._unit_blocks = unit_blocks
         self._fortran = fortran
+        self._gap_bytes_max = gap_bytes_max
         self._destinations: list[Destination] = []
         self._units: list[Unit] = []
         self._packed: dict[tuple[int, int], list[Part]] = {}
@@ -259,7 +264,7 @@ class _ReadPlanner:
         return ReadPlan(tuple(self._destinations), tuple(self._units), self._object_lengths)
 
     def _join_packed(self, parts: list[Part]) -> None:
-        """Joins parts that lie side by side in a pack, and in their destination if they are read in place."""
+        """Joins parts that are neighbours in a pack, and in their destination if they are read in place."""
         parts.sort(key=operator.attrgetter("at"))
         begin = 0
         for end in range(1, len(parts) + 1):
@@ -270,18 +275,21 @@ class _ReadPlanner:
     def _can_join(self, first: Part, last: Part, part: Part) -> bool:
         """Whether a part follows the last one of a unit, and goes where that goes."""
         end = last.at + last.run.length
-        if part.at != end or part.at + part.run.length - first.at > self._unit_blocks * BLOCK_BYTES:
+        if part.at + part.run.length - first.at > self._unit_blocks * BLOCK_BYTES:
             return False
         place, last_place = part.run.in_place, last.run.in_place
         if place is None or last_place is None:
-            return place is last_place
-        return part.first is last.first and place == last_place + last.run.length
+            return place is last_place and 0 <= part.at - end <= self._gap_bytes_max
+        return part.at == end and part.first is last.first and place == last_place + last.run.length
 
     def _add_pack_unit(self, parts: list[Part]) -> None:
         first, last = parts[0], parts[-1]
         start = first.at
         length = last.at + last.run.length - start
         in_place = None if first.run.in_place is None else (first.first, first.run.in_place)
+        if sum(part.run.length for part in parts) < length:
+            for part in parts:
+                part.first.is_chunk = False  # nobody is to keep what is read in vain
         for part in parts:
             part.at -= start
         self._units.append(Unit(first.place.object, start, length, tuple(parts), in_place))

@@ -481,8 +481,10 @@ def plan_restore(
     # Two waves are in memory at the same time.
     waves = plan_waves(manifest, whole, min(host_bytes_max // 2, _WAVE_BYTES_MAX))
     fortran = {target.leaf for target in whole.values() if is_fortran(target, manifest.spec(target.leaf))}
+    gap_bytes_max = checkpoint.store.gap_bytes_max
     plans = [
-        plan_reads(checkpoint.index, _wanted_boxes(wave, whole, boxes), unit_bytes, fortran) for wave in waves
+        plan_reads(checkpoint.index, _wanted_boxes(wave, whole, boxes), unit_bytes, fortran, gap_bytes_max)
+        for wave in waves
     ]
     return RestorePlan(whole, derived, boxes, waves, plans)
 

@@ -108,6 +108,8 @@ class Store(abc.ABC):
     # Whether each call takes as long as a network does, so that several shall go on at a time, and an object is in
     # memory until it is finished.
     is_remote = False
+    # Bytes between two wanted ranges of an object that are read in vain rather than asking twice.
+    gap_bytes_max = 0
 
     @property
     def name(self) -> str:

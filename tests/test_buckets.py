@@ -543,3 +543,23 @@ def test_a_commit_right_before_ours_is_replaced_only_if_that_is_allowed(
             jaxckpt.save(busy, small_tree(2))
         assert sum(name.startswith("data-") for name in store.names()) == 1
     assert_same_tree(jaxckpt.restore(url), small_tree(2 if may_overwrite else 1))
+
+
+# --- how many requests a restore takes --------------------------------------------------------------------------
+
+
+def test_leaves_between_others_are_read_in_few_requests_and_alone_in_memory(url: str) -> None:
+    tree = {
+        f"{number:04}{name}": np.full(250, number, np.float32) for number in range(1500) for name in "abc"
+    }
+    tree["0700c-large"] = np.ones(MIB // 4, np.float32)
+    jaxckpt.save(url, tree)
+    store, calls = counting_store(url)
+    restored = jaxckpt.restore(store, select="*b", options=jaxckpt.RestoreOptions(host_bytes_max=32 * MIB))
+    assert_same_tree(restored, {key: leaf for key, leaf in tree.items() if key.endswith("b")})
+    # 4.6 MB in units of 1 MiB, the metadata, and one more for the large one in between.
+    assert calls["read"] <= 12, calls
+    base = restored["0003b"]
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    assert base.nbytes <= MIB
