@@ -4,8 +4,9 @@ A restore wants, for each leaf, the boxes that its devices need (`Destination`);
 the shards of a saved array does not matter any more: everything is boxes against boxes. `plan_reads` finds for every
 chunk the destinations that it overlaps and the checksum blocks that they need. Each block is listed once, however many
 destinations want it. Neighbouring blocks are joined into read *units*; chunks that lie side by side in a pack are read
-together, and, where a request costs more than bytes do, what lies between them is read in vain. A large tree has few shapes, so what was found for one leaf (`Cut`) serves all with the same spec of which the
-same boxes are wanted; each chunk is only looked up in its table then.
+together, and, where a request costs more than bytes do, what lies between them is read in vain. A large tree has few
+shapes, so what was found for one leaf (`Cut`) serves all with the same spec of which the same boxes are wanted; each
+chunk is only looked up in its table then.
 
 Everything here is pure. `_fetching` carries the reads out.
 """
