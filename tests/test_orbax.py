@@ -38,7 +38,7 @@ from jaxckpt._converting import convert
 from jaxckpt._keys import check_nodes, flatten
 from jaxckpt.interop import npz, orbax
 from jaxckpt.interop._orbaxtrees import parse_shardings
-from jaxckpt.interop._zarrays import split_along_chunks
+from jaxckpt.interop._zarrays import _plain_errors, split_along_chunks
 from jaxckpt.interop._zarrforms import FormError, parse_form
 
 from .helpers import assert_same_leaf, assert_same_tree, make_mesh, run_fork, run_program
@@ -860,3 +860,14 @@ def test_whatever_is_changed_ends_in_an_error_of_ours_or_a_tree(name: str, copy:
     outcomes = json.loads(program.stdout)
     assert sum(outcomes.values()) == 60
     assert outcomes.get("read", 0) < 60
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("ABORTED: all attempts failed"), NotImplementedError("UNIMPLEMENTED: answered with 501")],
+)
+def test_what_storage_does_not_give_is_not_called_damaged(error: Exception):
+    with pytest.raises(CheckpointError, match="c/0: storage did not give it: [AU]") as caught:
+        with _plain_errors("c/0", "w"):
+            raise error
+    assert not isinstance(caught.value, CorruptError)

@@ -55,7 +55,8 @@ _NODE_CACHE_BYTES = 64 * MIB
 
 # Of TensorStore's errors, those that do not say that something is damaged.
 _STORAGE_CODES = frozenset(
-    "PERMISSION_DENIED UNAUTHENTICATED UNAVAILABLE DEADLINE_EXCEEDED ABORTED RESOURCE_EXHAUSTED CANCELLED".split()
+    "PERMISSION_DENIED UNAUTHENTICATED UNAVAILABLE DEADLINE_EXCEEDED ABORTED RESOURCE_EXHAUSTED CANCELLED "
+    "UNIMPLEMENTED".split()
 )
 
 
@@ -401,10 +402,10 @@ _PAYLOAD = re.compile(r" \[(?:tensorstore_spec|source locations|os_error_code)=.
 
 @contextlib.contextmanager
 def _plain_errors(where: str, key: str | None) -> Generator[None]:
-    """TensorStore reports everything as ValueError, whose text begins with a code."""
+    """TensorStore's errors are ValueError, or NotImplementedError for a 501; their text begins with a code."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         text = str(error)
         match = _CODE.match(text)
         code = match[1] if match else "INVALID_ARGUMENT"
