@@ -154,7 +154,6 @@ SCENARIOS = {
 }
 # A single error at a deletion is among those of "EIO".
 FAULTS = {
-    "ENOSPC": (errno.ENOSPC, WRITES, False),
     "ENOSPC from then on": (errno.ENOSPC, WRITES, True),
     "EFBIG": (errno.EFBIG, ("pwrite", "ftruncate"), False),
     "EIO": (errno.EIO, CALLS, False),
@@ -166,7 +165,7 @@ FAULTS = {
 # lets deletions go on, meets one scenario.
 CASES = [
     *((name, fault) for name in SCENARIOS for fault in ("EIO", "EROFS from then on")),
-    *(("first", fault) for fault in ("ENOSPC", "EFBIG", "EACCES")),
+    *(("first", fault) for fault in ("EFBIG", "EACCES")),
     ("retention", "EIO of deletions from then on"),
     ("overwrite", "EIO of deletions from then on"),
     ("overwrite", "ENOSPC from then on"),
