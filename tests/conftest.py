@@ -20,7 +20,12 @@ _FLAGS = (
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([_given, *(flag for flag in _FLAGS if flag.split("=")[0] not in _given)])
 
-import pytest  # noqa: E402  jax must not be imported before the flag is set
+import hypothesis  # noqa: E402  jax must not be imported before the flag is set
+import pytest  # noqa: E402
+
+# A busy machine is no failure, and those who want more examples set their number.
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("tests")
 
 # A program of its own, which needs TensorFlow.
 collect_ignore = ["tensorflow/generate.py"]

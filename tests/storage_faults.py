@@ -13,6 +13,7 @@ import mmap
 import os
 import pathlib
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -248,19 +249,37 @@ def listing(root: pathlib.Path) -> list[str]:
     return sorted(re.sub(r"(?<=data-)[0-9a-f]{16}(?=/)", "*", name) for name in names)
 
 
+def read_tree(root: pathlib.Path) -> dict[str, bytes]:
+    """The bytes of all files below a directory by name; the name of a directory ends with a slash, and has none."""
+    found: dict[str, bytes] = {}
+    for directory, directories, files in os.walk(root):
+        prefix = f"{directory}/"[len(f"{root}/") :]
+        found.update((f"{prefix}{name}/", b"") for name in directories)
+        for name in files:
+            with open(f"{directory}/{name}", "rb", buffering=0) as file:
+                found[prefix + name] = file.readall()
+    return found
+
+
+def digest_of(root: pathlib.Path) -> str:
+    """Of all names and bytes below a directory: whoever reads the same ones finds the same."""
+    digest = hashlib.sha256()
+    for name, content in sorted(read_tree(root).items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def copy_tree(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a directory by hard links: files of a checkpoint are replaced and deleted, but never changed."""
+    shutil.copytree(source, target, copy_function=os.link)
+
+
 def fingerprints(root: pathlib.Path) -> dict[str, tuple[Any, ...]]:
     """Everything that a program could have changed below a directory."""
     found: dict[str, tuple[Any, ...]] = {}
-    for path in [root, *root.rglob("*")]:
-        status = path.lstat()
-        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        found[str(path.relative_to(root))] = (
-            status.st_mode,
-            status.st_ino,
-            status.st_mtime_ns,
-            status.st_size,
-            content,
-        )
+    for name, content in [("", b""), *read_tree(root).items()]:
+        status = os.lstat(f"{root}/{name}")
+        found[name] = status.st_mode, status.st_ino, status.st_mtime_ns, status.st_size, content
     return found
 
 

@@ -29,7 +29,7 @@ from jaxckpt._leaves import StreamedArray
 from jaxckpt._nesting import keys_of_names
 from jaxckpt.interop import tensorflow
 
-from .helpers import assert_same_leaf, assert_same_tree, run_program
+from .helpers import assert_same_leaf, assert_same_tree, run_fork
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "tensorflow"
 PREFIXES = {
@@ -397,7 +397,7 @@ def test_a_large_checkpoint_is_converted_in_little_memory_and_without_a_device(t
         return StreamedArray((mib, 1 << 18), np.dtype("float32"), lambda lo, hi: zeros[: hi - lo])
 
     tensorflow.write(tmp_path / "x", {"large": stream(128), "other": stream(32)})
-    run_program(
+    run_fork(
         """
         import pathlib, sys
         from jax._src import xla_bridge

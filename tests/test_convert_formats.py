@@ -22,7 +22,7 @@ from jaxckpt._converting import FORMATS, convert
 from jaxckpt._leaves import StreamedArray
 from jaxckpt.interop import flax, npz, safetensors, tensorflow
 
-from .helpers import assert_same_tree, run_fork, run_program
+from .helpers import assert_same_tree, run_fork
 
 NAMES = {
     "jaxckpt": "step_7",
@@ -387,7 +387,7 @@ def test_what_a_killed_write_leaves_is_deleted_by_the_next_one(tmp_path: pathlib
 @pytest.mark.slow
 def test_a_large_tree_goes_through_all_formats_in_little_memory(tmp_path: pathlib.Path):
     """96 MiB, twelve times what is staged, 80 of them in one array: the process grows by less than half of that."""
-    run_program(
+    run_fork(
         """
         import pathlib, sys
         import numpy as np

@@ -26,7 +26,7 @@ from jaxckpt._tables import OWN_OBJECT
 from .helpers import assert_same_leaf, make_mesh
 
 MIB = 1 << 20
-TRIALS = 80  # of each layout
+TRIALS = 63  # of each layout
 
 
 def noise(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray[Any, Any]:

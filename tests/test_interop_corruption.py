@@ -26,7 +26,7 @@ TREE = {
     "empty": np.zeros((0, 3), np.float16),
     "one": np.asarray(2.5),
 }
-TRIALS = 250
+TRIALS = 120
 
 
 def write_single(folder: pathlib.Path) -> pathlib.Path:

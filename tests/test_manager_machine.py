@@ -1010,4 +1010,4 @@ def run_machine(examples: int) -> None:
 
 @pytest.mark.slow
 def test_no_order_of_events_makes_the_manager_lose_a_step_or_leave_litter(quick_collection):
-    run_machine(int(os.environ.get("JAXCKPT_TEST_EXAMPLES", "100")))
+    run_machine(int(os.environ.get("JAXCKPT_TEST_EXAMPLES", "50")))

@@ -119,7 +119,7 @@ def tree_of(number: int) -> dict[str, Any]:
 
 
 def test_every_dtype_and_size_comes_back_bit_for_bit(any_place: Place) -> None:
-    shapes = [(), (0,), (1,), (3, 0, 2), (7, 5), (513, 3), (2049, 65)]
+    shapes = [(), (0,), (1,), (3, 0, 2), (7, 5), (513, 3), (409, 65)]
     tree = {
         str(np.dtype(dtype)): {
             str(shape): random_array(shape, dtype, seed) for seed, shape in enumerate(shapes)
@@ -492,7 +492,7 @@ def test_many_steps_are_listed_and_saved_with_as_few_requests_as_one(s3_place: P
     proxy = place.remote.proxy
     found: dict[int, dict[str, dict[str, int]]] = {}
     saving: list[dict[str, int]] = []
-    for steps in (1, 50):
+    for steps in (1, 20):
         url = place.url(f"run-{steps}")
         with CheckpointManager(url, max_to_keep=None) as manager:
             for step in range(steps):
@@ -520,7 +520,7 @@ def test_many_steps_are_listed_and_saved_with_as_few_requests_as_one(s3_place: P
         assert main(["ls", url]) == 0
         found[steps]["ls"] = {"list": counts(place.remote)["list"]}
     assert found[1]["steps"] == {"put": 0, "get": 0, "list": 1, "head": 0, "delete": 0}
-    assert found[50] == found[1]
+    assert found[20] == found[1]
     assert saving[-1] == saving[3]
     assert sum(saving[-1].values()) <= 25, saving[-1]
 
@@ -622,20 +622,20 @@ def test_ten_thousand_small_leaves_are_few_requests(place: Place) -> None:
     assert_same_tree(restored, tree)
 
 
-def test_ten_thousand_small_arrays_on_devices_are_few_requests(s3_place: Place) -> None:
+def test_two_thousand_small_arrays_on_devices_are_few_requests(s3_place: Place) -> None:
     assert s3_place.remote is not None
     mesh = make_mesh({"x": 8})
     values = np.arange(1024, dtype=np.float32)
     arrays = [
-        jax.device_put(values, NamedSharding(mesh, P("x") if number % 2 else P())) for number in range(1000)
+        jax.device_put(values, NamedSharding(mesh, P("x") if number % 2 else P())) for number in range(200)
     ]
-    tree = {f"leaf{number:05}": arrays[number % 1000] for number in range(10_000)}
+    tree = {f"leaf{number:05}": arrays[number % 200] for number in range(2000)}
     jaxckpt.save_async(s3_place.url(), tree).wait()
     assert counts(s3_place.remote)["put"] <= 40
     s3_place.remote.proxy.reset()
     restored = jaxckpt.restore(s3_place.url(), tree)
     assert counts(s3_place.remote)["get"] <= 40
-    np.testing.assert_array_equal(np.asarray(restored["leaf09999"]), values)
+    np.testing.assert_array_equal(np.asarray(restored["leaf01999"]), values)
 
 
 @pytest.mark.parametrize("chunk_bytes_max", [1, 4 << 20, 1 << 40])

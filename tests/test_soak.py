@@ -171,9 +171,9 @@ def assert_flat(figures: list[dict[str, int]], *, rss_growth_max: int) -> None:
     assert max(row["bytes"] for row in figures) - min(row["bytes"] for row in figures) < 1024
 
 
-def test_2000_saves_while_training_goes_on_leave_memory_handles_and_the_directory_as_they_were(directory):
-    findings = soak(directory, 2000, measure_every=200)
-    assert findings["events"]["saved"] == 2000
+def test_800_saves_while_training_goes_on_leave_memory_handles_and_the_directory_as_they_were(directory):
+    findings = soak(directory, 800, measure_every=100)
+    assert findings["events"]["saved"] == 800
     assert_flat(findings["figures"], rss_growth_max=8 * MIB)
 
 
@@ -184,6 +184,6 @@ def test_saves_that_fail_leave_nothing_either(directory):
 
 
 def test_managers_that_are_opened_again_and_again_leave_nothing_either(directory):
-    findings = soak(directory, 300, measure_every=50, reopen_every=10)
-    assert findings["events"]["saved"] == 300
+    findings = soak(directory, 200, measure_every=40, reopen_every=10)
+    assert findings["events"]["saved"] == 200
     assert_flat(findings["figures"], rss_growth_max=8 * MIB)
