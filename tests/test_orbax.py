@@ -867,7 +867,9 @@ def test_whatever_is_changed_ends_in_an_error_of_ours_or_a_tree(name: str, copy:
     [ValueError("ABORTED: all attempts failed"), NotImplementedError("UNIMPLEMENTED: answered with 501")],
 )
 def test_what_storage_does_not_give_is_not_called_damaged(error: Exception):
-    with pytest.raises(CheckpointError, match="c/0: storage did not give it: [AU]") as caught:
-        with _plain_errors("c/0", "w"):
-            raise error
+    with (
+        pytest.raises(CheckpointError, match="c/0: storage did not give it") as caught,
+        _plain_errors("c/0", "w"),
+    ):
+        raise error
     assert not isinstance(caught.value, CorruptError)
