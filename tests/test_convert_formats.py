@@ -175,6 +175,14 @@ def test_what_a_format_has_no_place_for_is_listed(tmp_path: pathlib.Path, capsys
 
 
 @pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
+def test_many_arrays_are_listed_once_and_not_for_each_of_them(tmp_path: pathlib.Path, form: str):
+    verbs: Any = {"tensorflow": tensorflow, "safetensors": safetensors, "npz": npz, "flax": flax}[form]
+    verbs.write(tmp_path / NAMES[form], {"a": np.ones(2), "b": np.zeros(3)})
+    with verbs.open(tmp_path / NAMES[form]) as checkpoint:
+        assert checkpoint.leaves() is checkpoint.leaves()
+
+
+@pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
 def test_an_integer_that_is_too_large_is_refused_by_name(tmp_path: pathlib.Path, form: str):
     jaxckpt.save(tmp_path / "own", {"large": 2**70, "w": np.ones(2)})
     with pytest.raises(UnsupportedLeafError, match=r"1 of 2 leaves\n  large: "):
