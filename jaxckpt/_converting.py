@@ -183,7 +183,7 @@ def convert(
       ValueError: Nothing would change, since both formats are the same, and neither ``select`` nor ``rename`` nor
         ``dtype`` is given; or both are this library's; or ``dtype`` is not floating; or ``shard_bytes_max`` is given,
         and the destination is no directory of safetensors; or a checkpoint of TensorFlow or npz would be written to an
-        object store.
+        object store; or a path is empty.
       WriteError: Storage refused a write.
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays, and some 4 KiB for each array. Of
@@ -192,6 +192,9 @@ def convert(
       is stored and decoded: what one device held is one chunk unless it was told otherwise.
     """
     began_s = time.perf_counter()
+    if not os.fspath(source) or not os.fspath(destination):
+        # Which would be the working directory; whoever calls this from a shell has a variable that is not set.
+        raise ValueError("source and destination are paths, and one of them is empty")
     choices = _Choices(
         select,
         rename,

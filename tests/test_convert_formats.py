@@ -397,6 +397,8 @@ def test_the_exit_codes_of_the_command(
     (tmp_path / "cut.npz").write_bytes(sources["npz"].read_bytes()[:300])
     for code, argv in (
         (2, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]),
+        (2, [sources["npz"], ""]),
+        (2, ["", tmp_path / "b"]),
         (3, [sources["npz"], tmp_path / "a.safetensors"]),
         (3, [tmp_path / "absent.npz", tmp_path / "b"]),
         (3, [sources["npz"], tmp_path / "b", "--select", "nothing"]),
