@@ -186,7 +186,7 @@ def convert(
         object store; or a path is empty.
       WriteError: Storage refused a write.
 
-    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays, and some 4 KiB for each array. Of
+    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays, and 4 to 9 KiB for each array. Of
       npz, arrays in Fortran order or in the other byte order are in memory whole, one at a time; of files on object
       stores, each that is written; of Orbax's, 64 MiB more, and 32 MiB of chunks, or a single one that is larger, as it
       is stored and decoded: what one device held is one chunk unless it was told otherwise.
