@@ -103,8 +103,9 @@ Writes a checkpoint in another format. That of SRC is found out; that of DST is 
 .npz, .msgpack (Flax), else jaxckpt. A checkpoint of TensorFlow is named by its prefix, one of its files or its
 directory, and written as a prefix. A SRC with numbered checkpoints means the newest, or --step; that of a
 CheckpointManager of Orbax's becomes one of jaxckpt's, with all steps. The new checkpoint is read again, and compared,
-before the command ends. Memory stays at some dozens of MiB, whatever the size of the checkpoint; arrays of npz in
-Fortran order, files that are written to object stores, and chunks of Orbax's are in memory whole.
+before the command ends; what else SRC has and the format of DST has no place for is listed. Memory stays at some dozens
+of MiB, whatever the size of the checkpoint; arrays of npz in Fortran order, files that are written to object stores,
+and chunks of Orbax's are in memory whole.
 
 The leaves of a converted checkpoint have the names of the arrays as their keys, so that restore(like=...) finds them;
 the dots of safetensors are slashes. Where a name lies below another, as w/Adam below w, the rest of it is one part with
@@ -113,6 +114,7 @@ an escaped slash: w~1Adam.
   jaxckpt convert model.ckpt-1000 run/imported --select 'model/*' --rename model=params --dtype bfloat16
   jaxckpt convert run/step_100 exported/model.ckpt --to tensorflow --select 'params/*'
   jaxckpt convert run/ model.safetensors --step 100 --select 'params/*' --rename params=model --dtype bfloat16
+  jaxckpt convert run/ exported --to safetensors --shard-bytes 5000000000
   jaxckpt convert orbax_run run
 """
 
@@ -274,6 +276,12 @@ def _add_convert_arguments(command: argparse.ArgumentParser) -> None:
         help="another name, or leading part of names; may be repeated",
     )
     command.add_argument("--dtype", metavar="NAME", help="floating type that floating arrays are cast to")
+    command.add_argument(
+        "--shard-bytes",
+        type=_positive,
+        metavar="N",
+        help="for --to safetensors: several files with an index in the directory DST, of at most N bytes each",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace what is at DST")
     command.add_argument("source", metavar="SRC")
     command.add_argument("destination", metavar="DST")
@@ -326,6 +334,12 @@ def _count_or_all(text: str) -> int | Literal["all"]:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
 
 
 def _rename_rule(text: str) -> tuple[str, str]:
@@ -642,6 +656,7 @@ def _convert(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -
             select=arguments.select,
             rename=dict(arguments.rename) or None,
             dtype=arguments.dtype,
+            shard_bytes_max=arguments.shard_bytes,
             overwrite=arguments.overwrite,
             on_progress=show,
         )
@@ -659,6 +674,7 @@ def _convert(arguments: argparse.Namespace, output: _Output, bar: ProgressBar) -
         "leaves": done.leaves,
         "bytes": done.nbytes,
         "ok": done.ok,
+        "left_out": list(done.left_out),
         "problems": [_problem_document(problem) for problem in done.problems],
         "seconds": done.seconds,
     }

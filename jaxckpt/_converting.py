@@ -11,9 +11,10 @@ The format of the source is found out, that of the destination is said. A format
 
 Values, names and shapes stay what they are, and metadata where a format has it. A checkpoint of ours gets a tree of
 dicts (`nest`), unless the source says what the tree was, and what it says of shardings; arrays of 64-bit types, which
-JAX has only with ``jax_enable_x64``, are NumPy arrays without that. What has no counterpart in the destination
-is an error before anything is written. Deliberately not here: devices, and from ours to ours, which is what `restore`
-and `save` are for.
+JAX has only with ``jax_enable_x64``, are NumPy arrays without that. A leaf that has no counterpart in the destination
+is an error before anything is written; what else the source has and the destination has no place for is said
+(`Conversion.left_out`). Deliberately not here: devices, and from ours to ours, which is what `restore` and `save` are
+for.
 
 A directory of Orbax's ``CheckpointManager`` becomes one of ours, with the trees, metrics, small items and times of its
 steps. Each step is a checkpoint that is written and verified before the next one is opened.
@@ -28,7 +29,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ from ._errors import (
     Problem,
     UnsupportedLeafError,
     list_problems,
+    printable_key,
 )
 from ._foreign import ForeignArray, ForeignCheckpoint
 from ._inspect import format_count, verify
@@ -73,7 +75,8 @@ FORMATS = (OWN_FORMAT, *FOREIGN_FORMATS)
 # Read, and not written.
 SOURCE_FORMATS = (*FORMATS, "orbax")
 
-_FORMAT_OF_SUFFIX = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "flax"}
+_ONE_FILE = ".safetensors"
+_FORMAT_OF_SUFFIX = {_ONE_FILE: "safetensors", ".npz": "npz", ".msgpack": "flax"}
 # Directories of managers and of other libraries have names such as step_00000100 and checkpoint_100.
 _NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
 
@@ -105,6 +108,7 @@ class Conversion:
       problems: What is wrong with the destination, reread; empty when it is whole.
       seconds: Seconds that it took.
       steps: Numbers of the checkpoints, where the source was a directory of them; ascending.
+      left_out: What the source has beside its arrays, and the destination's format has no place for: a text each.
     """
 
     source: str
@@ -116,6 +120,7 @@ class Conversion:
     problems: tuple[Problem, ...]
     seconds: float
     steps: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -128,6 +133,7 @@ class Conversion:
         lines = [
             f"{self.source} ({self.source_format}) -> {self.destination} ({self.destination_format})",
             f"{steps}{amount} in {self.seconds:.2f} s",
+            *(f"left out: {text}" for text in self.left_out),
             "verified" if self.ok else "damaged on its way to storage:",
             *(f"  {problem}" for problem in self.problems),
         ]
@@ -143,6 +149,7 @@ def convert(
     select: Select = None,
     rename: Mapping[str, str] | None = None,
     dtype: Any = None,
+    shard_bytes_max: int | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
@@ -158,11 +165,14 @@ def convert(
       select: As for `jaxckpt.restore`: which arrays are taken, by their names in the source.
       rename: As for `jaxckpt.restore`: mapping of names, or of leading parts of them, to new ones.
       dtype: Floating type that all arrays of another floating type are cast to.
+      shard_bytes_max: For safetensors: several files with an index in the directory ``destination``, and at most so
+        many bytes of tensors in each that has more than one; None: one file.
       overwrite: Whether a checkpoint at ``destination`` may be replaced.
       on_progress: Called with a `Progress` while the source is read and written, then while the result is verified.
 
     Returns:
-      A `Conversion`; a destination that was damaged on its way to storage is reported, not raised.
+      A `Conversion`; a destination that was damaged on its way to storage is reported, not raised. What the source has
+      beside its arrays and the destination has no place for, such as items, is in `Conversion.left_out`.
 
     Raises:
       NotFoundError: There is no checkpoint, or none of a known format.
@@ -171,18 +181,27 @@ def convert(
       MismatchError: ``select`` or ``rename`` does not fit the names.
       UnsupportedLeafError: The destination's format has nothing for an array; `.problems` lists all of them.
       ValueError: Nothing would change, since both formats are the same, and neither ``select`` nor ``rename`` nor
-        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating; or a checkpoint of TensorFlow or
-        npz would be written to an object store.
+        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating; or ``shard_bytes_max`` is given,
+        and the destination is no directory of safetensors; or a checkpoint of TensorFlow or npz would be written to an
+        object store; or a path is empty.
       WriteError: Storage refused a write.
 
-    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays. Of npz, arrays in Fortran order or
-      in the other byte order are in memory whole, one at a time; of files on object stores, each that is written; of
-      Orbax's, 64 MiB more, and 32 MiB of chunks, or a single one that is larger, as it is stored and decoded: what one
-      device held is one chunk unless it was told otherwise.
+    Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays, and 4 to 9 KiB for each array. Of
+      npz, arrays in Fortran order or in the other byte order are in memory whole, one at a time; of files on object
+      stores, each that is written; of Orbax's, 64 MiB more, and 32 MiB of chunks, or a single one that is larger, as it
+      is stored and decoded: what one device held is one chunk unless it was told otherwise.
     """
     began_s = time.perf_counter()
+    if not os.fspath(source) or not os.fspath(destination):
+        # Which would be the working directory; whoever calls this from a shell has a variable that is not set.
+        raise ValueError("source and destination are paths, and one of them is empty")
     choices = _Choices(
-        select, rename, None if dtype is None else _floating_dtype(dtype), overwrite, on_progress
+        select,
+        rename,
+        None if dtype is None else _floating_dtype(dtype),
+        shard_bytes_max,
+        overwrite,
+        on_progress,
     )
     to = to or _format_named(destination)
     if to not in FORMATS:
@@ -192,7 +211,12 @@ def convert(
             "checkpoints of TensorFlow are verified in local files alone, and "
             f"{os.fspath(destination)!r} is none: write it there, and copy it"
         )
-    changes = (select, rename, dtype) != (None, None, None)
+    if shard_bytes_max is not None and (to != "safetensors" or os.fspath(destination).endswith(_ONE_FILE)):
+        raise ValueError(
+            "shard_bytes_max= (--shard-bytes) is for a directory of safetensors: "
+            f"to='safetensors' (--to safetensors), and a destination that does not end in {_ONE_FILE}"
+        )
+    changes = (select, rename, dtype, shard_bytes_max) != (None, None, None, None)
     steps = _verbs_of("orbax").steps(source) if step is None else ()
     if steps:
         return _convert_steps(source, destination, to, steps, choices, began_s)
@@ -207,17 +231,18 @@ def convert(
                 f"{opened.path!r} is a {to} checkpoint already; to= (--to) names another format: "
                 + ", ".join(name for name in FORMATS if name != to)
             )
-        leaves, nbytes, digests = _write(opened, destination, to, choices)
-    problems = _verify(destination, to, digests, on_progress)
+        written = _write(opened, destination, to, choices)
+    problems = _verify(destination, to, written.digests, on_progress)
     return Conversion(
         source=opened.path,
         source_format=source_format,
         destination=os.fspath(destination),
         destination_format=to,
-        leaves=leaves,
-        nbytes=nbytes,
+        leaves=written.leaves,
+        nbytes=written.nbytes,
         problems=problems,
         seconds=time.perf_counter() - began_s,
+        left_out=written.left_out,
     )
 
 
@@ -228,19 +253,34 @@ class _Choices:
     select: Select
     rename: Mapping[str, str] | None
     dtype: np.dtype[Any] | None
+    shard_bytes_max: int | None
     overwrite: bool
     on_progress: OnProgress | None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Written:
+    """What was written.
+
+    Attributes:
+      leaves: As in `Conversion`.
+      nbytes: As in `Conversion`.
+      digests: Where the format has no checksums of its own, those of the leaves, by key.
+      left_out: As in `Conversion`.
+    """
+
+    leaves: int
+    nbytes: int
+    digests: dict[str, Callable[[], str]]
+    left_out: tuple[str, ...]
+
+
 def _write(
     opened: Checkpoint | ForeignCheckpoint, destination: Path | Store, to: str, choices: _Choices
-) -> tuple[int, int, dict[str, Callable[[], str]]]:
-    """Writes an open checkpoint in another format.
-
-    Returns:
-      The number of its leaves and of their bytes, and where the format has no checksums of its own, the leaves'.
-    """
+) -> _Written:
+    """Writes an open checkpoint in another format."""
     digests: dict[str, Callable[[], str]] = {}
+    left_out: tuple[str, ...] = ()
     if isinstance(opened, ForeignCheckpoint):
         opened.bound_memory(_SOURCE_BYTES_MAX)
         names = select_names(opened, choices.select, choices.rename)
@@ -267,10 +307,14 @@ def _write(
     else:
         tree, digests = _with_digests(tree)
         extras = _metadata_for(to, opened.metadata)
+        left_out = tuple(_left_out(opened, leaves, loses_metadata=not extras))
+        if choices.shard_bytes_max is not None:
+            extras["shard_bytes_max"] = choices.shard_bytes_max
         _verbs_of(to).write(
             destination, tree, overwrite=choices.overwrite, on_progress=choices.on_progress, **extras
         )
-    return len(leaves), sum(_nbytes_as(leaf, choices.dtype) for leaf in leaves), digests
+    nbytes = sum(_nbytes_as(leaf, choices.dtype) for leaf in leaves)
+    return _Written(len(leaves), nbytes, digests, left_out)
 
 
 def _context_of(opened: ForeignCheckpoint, on_progress: OnProgress | None) -> SaveContext:
@@ -307,12 +351,12 @@ def _convert_steps(
     problems: list[Problem] = []
     for opened in _verbs_of("orbax").open_steps(source):
         store = directory.usual_store_of(opened.step)
-        leaves_of_step, nbytes_of_step, digests = _write(opened, store, to, choices)
-        leaves += leaves_of_step
-        nbytes += nbytes_of_step
+        written = _write(opened, store, to, choices)
+        leaves += written.leaves
+        nbytes += written.nbytes
         problems += [
             dataclasses.replace(problem, message=f"step {opened.step}: {problem.message}")
-            for problem in _verify(store.path, to, digests, choices.on_progress)
+            for problem in _verify(store.path, to, written.digests, choices.on_progress)
         ]
     directory.write_cache()
     return Conversion(
@@ -408,6 +452,29 @@ def _metadata_for(to: str, metadata: Any) -> dict[str, Any]:
         return {}
     are_texts = all(isinstance(text, str) for pair in metadata.items() for text in pair)
     return {"metadata": metadata} if are_texts and metadata else {}
+
+
+def _left_out(
+    opened: Checkpoint | ForeignCheckpoint, leaves: Sequence[Any], *, loses_metadata: bool
+) -> Iterator[str]:
+    """What a source has and the file of another library has no place for."""
+    keys = [leaf for leaf in leaves if leaf.kind == "key"]
+    if keys:
+        impls = {leaf.spec.impl if isinstance(leaf, StoredLeaf) else leaf.impl for leaf in keys}
+        yield (
+            f"the implementation of {format_count(len(keys), 'PRNG key', 'PRNG keys')} "
+            f"({', '.join(sorted(map(str, impls)))}), which {'is' if len(keys) == 1 else 'are'} written as key data"
+        )
+    if loses_metadata and opened.metadata:
+        yield "metadata"
+    names_of_part = {
+        "items": opened.items,
+        "metrics": opened.metrics,
+        "programs": opened.programs if isinstance(opened, Checkpoint) else (),
+    }
+    for part, names in names_of_part.items():
+        if names:
+            yield f"{part}: {', '.join(map(printable_key, names))}"
 
 
 def _floating_dtype(dtype: Any) -> np.dtype[Any]:
@@ -559,6 +626,8 @@ def _digest_value(value: Any, digest: xxhash.xxh3_128) -> None:
         digest.update(value)
         return
     array = np.asarray(value)
+    if isinstance(value, int) and array.dtype == object:
+        return  # more than 64 bits: `write` says that the format has no such thing
     if array.dtype != object:
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import jaxckpt
 
-from .helpers import assert_goes_on_equally, assert_same_tree, run_adapter
+from .helpers import ROOT, assert_goes_on_equally, assert_same_tree, run_adapter
 
 # Each is another module's name with another place of the separators.
 NAMES = [
@@ -33,6 +34,18 @@ def test_the_example(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     assert_goes_on_equally(printed, 3)
     assert "modules: ['mlp/~/linear_0', 'mlp/~/linear_1']" in printed
     assert "renamed: {'params': {'head': {'b': (1,), 'w': (16, 1)}}}" in printed
+
+
+def test_each_adapter_may_run_again_in_its_directory() -> None:
+    files = sorted((ROOT / "examples" / "adapters").glob("*.py"))
+    calls = [
+        (file.name, {keyword.arg for keyword in node.keywords})
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "jaxckpt.save"
+    ]
+    assert {name for name, _ in calls} == {file.name for file in files}
+    assert [name for name, keywords in calls if "overwrite" not in keywords] == []
 
 
 def test_names_that_differ_in_slashes_and_tildes_alone_stay_apart(path: pathlib.Path) -> None:

@@ -360,6 +360,7 @@ def test_the_command_converts_and_says_so(capsys, bundle, path):
         "leaves": 3,
         "bytes": 108,
         "ok": True,
+        "left_out": [],
         "problems": [],
     }
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt import CorruptError, NotFoundError, Progress
+from jaxckpt import CheckpointManager, CorruptError, NotFoundError, Progress, UnsupportedLeafError
 from jaxckpt._cli import main
 from jaxckpt._converting import FORMATS, convert
 from jaxckpt._leaves import StreamedArray
@@ -148,6 +148,47 @@ def test_values_of_python_and_keys_go_to_every_format_that_has_them(tmp_path: pa
         }
 
 
+def test_what_a_format_has_no_place_for_is_listed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    keys = {"a": jax.random.key(3), "b": jax.random.split(jax.random.key(4, impl="rbg"), 2)}
+    program = jaxckpt.Program(lambda _, x: x, (jax.ShapeDtypeStruct((2,), np.float32),))
+    whole = {"keys": keys, "w": np.ones(2, np.float32)}
+    extras: Any = {"metadata": {"loss": 0.5}, "items": {"config": {"width": 2}}}
+    jaxckpt.save(tmp_path / "own", whole, programs={"same": program}, **extras)
+    left_out = (
+        "the implementation of 2 PRNG keys (rbg, threefry2x32), which are written as key data",
+        "metadata",
+        "items: config",
+        "programs: same",
+    )
+    for name in ("a.safetensors", "a.npz", "a.msgpack"):
+        assert convert(tmp_path / "own", tmp_path / name).left_out == left_out
+    assert convert(tmp_path / "own", tmp_path / "w.npz", select="w").left_out == left_out[1:]
+    assert convert(tmp_path / "w.npz", tmp_path / "back").left_out == ()
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "again.npz")]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("left out: ")] == [
+        f"left out: {text}" for text in left_out
+    ]
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.save(1, whole, metrics={"loss": 0.5})
+    assert "metrics: loss" in convert(tmp_path / "run", tmp_path / "run.npz").left_out
+
+
+@pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
+def test_many_arrays_are_listed_once_and_not_for_each_of_them(tmp_path: pathlib.Path, form: str):
+    verbs: Any = {"tensorflow": tensorflow, "safetensors": safetensors, "npz": npz, "flax": flax}[form]
+    verbs.write(tmp_path / NAMES[form], {"a": np.ones(2), "b": np.zeros(3)})
+    with verbs.open(tmp_path / NAMES[form]) as checkpoint:
+        assert checkpoint.leaves() is checkpoint.leaves()
+
+
+@pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
+def test_an_integer_that_is_too_large_is_refused_by_name(tmp_path: pathlib.Path, form: str):
+    jaxckpt.save(tmp_path / "own", {"large": 2**70, "w": np.ones(2)})
+    with pytest.raises(UnsupportedLeafError, match=r"1 of 2 leaves\n  large: "):
+        convert(tmp_path / "own", tmp_path / NAMES[form], to=form)
+
+
 @pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
 def test_keys_with_any_characters_are_found_again_in_what_was_written(tmp_path: pathlib.Path, form: str):
     values = {"a/b": 1, "~c": 2, "d.e": 3, "7": 4, "": 5, "\N{GREEK SMALL LETTER PI}": 6}
@@ -191,6 +232,31 @@ def test_a_directory_of_steps_means_the_newest_or_the_one_that_is_named(tmp_path
     with jaxckpt.CheckpointManager(tmp_path / "run") as manager:
         assert manager.latest_step() == 50
         assert manager.restore()["w"].tolist() == [30] * 3
+
+
+def test_files_are_cut_to_shards_where_that_was_asked_for(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    tree = {f"w{number}": np.full(100, number, np.float32) for number in range(5)}
+    jaxckpt.save(tmp_path / "own", tree)
+    out = tmp_path / "out"
+    command = ["convert", str(tmp_path / "own"), str(out), "--to", "safetensors", "--shard-bytes"]
+    assert main([*command, "1000"]) == 0
+    assert len(list(out.glob("model-0000?-of-00003.safetensors"))) == 3
+    assert all(file.stat().st_size < 2000 for file in out.glob("*.safetensors"))
+    assert main(["convert", str(out), str(tmp_path / "back")]) == 0
+    restored = jaxckpt.restore(tmp_path / "back")
+    assert {name: np.asarray(array).tolist() for name, array in restored.items()} == {
+        name: array.tolist() for name, array in tree.items()
+    }
+    # What is sharded may be cut anew.
+    again = convert(out, tmp_path / "again", to="safetensors", shard_bytes_max=400)
+    assert (again.ok, len(list((tmp_path / "again").glob("*-of-00005.safetensors")))) == (True, 5)
+    assert main([*command, "0"]) == 2
+    capsys.readouterr()
+    for name, form in (("a.safetensors", None), ("a.npz", None), ("a", None), ("a", "flax")):
+        with pytest.raises(ValueError, match=r"--shard-bytes\) is for a directory of safetensors"):
+            convert(tmp_path / "own", tmp_path / name, to=form, shard_bytes_max=100)
 
 
 def test_sharded_files_are_found_by_their_directory_and_their_index(tmp_path: pathlib.Path):
@@ -331,6 +397,8 @@ def test_the_exit_codes_of_the_command(
     (tmp_path / "cut.npz").write_bytes(sources["npz"].read_bytes()[:300])
     for code, argv in (
         (2, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]),
+        (2, [sources["npz"], ""]),
+        (2, ["", tmp_path / "b"]),
         (3, [sources["npz"], tmp_path / "a.safetensors"]),
         (3, [tmp_path / "absent.npz", tmp_path / "b"]),
         (3, [sources["npz"], tmp_path / "b", "--select", "nothing"]),

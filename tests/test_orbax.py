@@ -512,7 +512,11 @@ def test_object_stores_by_their_urls(written: pathlib.Path):
     assert orbax.read("memory://orbax/run")["count"] == 20
     with pytest.raises(NotFoundError, match=r"without commit_success.txt is not committed"):
         orbax.open("memory://orbax/run/100")
+    assert orbax.can_read("memory://orbax/run")
+    assert not orbax.can_read("memory://orbax/run/100")
     assert not orbax.can_read("memory://orbax/nowhere")
+    with pytest.raises(NotFoundError, match=r"nowhere'$"):
+        orbax.open("memory://orbax/nowhere")
 
 
 @pytest.mark.slow
@@ -757,6 +761,16 @@ def test_missing_files_are_damage(name: str, file: str, error: str, copy: Any):
     path = copy(name)
     (path / file).unlink()
     with pytest.raises(CorruptError, match=error):
+        orbax.read(path)
+
+
+def test_databases_of_processes_that_were_not_merged_are_told_from_lost_arrays(copy: Any):
+    path = copy("ocdbt-zarr2-raw")
+    assert list(path.glob("ocdbt.process_0"))
+    (path / "manifest.ocdbt").unlink()
+    with pytest.raises(
+        CorruptError, match=r"manifest.ocdbt: is not there: .*ocdbt.process_0\) was not merged"
+    ):
         orbax.read(path)
 
 

@@ -92,7 +92,7 @@ def main(directory: pathlib.Path) -> None:
     training = make(jax.random.key(7))
     for _ in range(3):
         training, _ = train_step(training)
-    jaxckpt.save(directory / "step_3", eqx.filter(training, eqx.is_array))
+    jaxckpt.save(directory / "step_3", eqx.filter(training, eqx.is_array), overwrite=True)
 
     like, rest = eqx.partition(eqx.filter_eval_shape(make, jax.random.key(0)), is_array)
     again = eqx.combine(jaxckpt.restore(directory / "step_3", like), rest)
@@ -101,8 +101,8 @@ def main(directory: pathlib.Path) -> None:
         training, loss = train_step(training)
         again, loss_again = train_step(again)
         print(f"step {step}: loss {loss.item().hex()}, after the restore {loss_again.item().hex()}")
-    jaxckpt.save(directory / "unbroken", eqx.filter(training, eqx.is_array))
-    jaxckpt.save(directory / "restored", eqx.filter(again, eqx.is_array))
+    jaxckpt.save(directory / "unbroken", eqx.filter(training, eqx.is_array), overwrite=True)
+    jaxckpt.save(directory / "restored", eqx.filter(again, eqx.is_array), overwrite=True)
 
     keys = jaxckpt.open(directory / "step_3").keys()
     print("statistics:", [key for key in keys if key.startswith("state/")])

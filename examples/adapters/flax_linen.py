@@ -94,7 +94,7 @@ def main(directory: pathlib.Path) -> None:
     state = jax.jit(make, out_shardings=shardings)(key)
     for _ in range(3):
         state, _ = train_step(state)
-    jaxckpt.save(directory / "step_3", state)
+    jaxckpt.save(directory / "step_3", state, overwrite=True)
 
     again = jaxckpt.restore(directory / "step_3", like, sharding=shardings)
 
@@ -102,8 +102,8 @@ def main(directory: pathlib.Path) -> None:
         state, loss = train_step(state)
         again, loss_again = train_step(again)
         print(f"step {step}: loss {loss.item().hex()}, after the restore {loss_again.item().hex()}")
-    jaxckpt.save(directory / "unbroken", state)
-    jaxckpt.save(directory / "restored", again)
+    jaxckpt.save(directory / "unbroken", state, overwrite=True)
+    jaxckpt.save(directory / "restored", again, overwrite=True)
     kernel = again.params["hidden"]["kernel"]
     print(f"hidden/kernel: names {kernel.names}, on the mesh {kernel.value.sharding.spec}")
 

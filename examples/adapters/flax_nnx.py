@@ -69,7 +69,7 @@ def main(directory: pathlib.Path) -> None:
         training = nnx.jit(make)()
         for _ in range(3):
             train_step(training)
-        jaxckpt.save(directory / "step_3", nnx.state(training))
+        jaxckpt.save(directory / "step_3", nnx.state(training), overwrite=True)
 
         graph, like = nnx.split(nnx.eval_shape(make))  # like: shapes, dtypes, shardings
         again = nnx.merge(graph, jaxckpt.restore(directory / "step_3", like))
@@ -77,8 +77,8 @@ def main(directory: pathlib.Path) -> None:
         for step in range(4, 7):
             losses = [train_step(each).item().hex() for each in (training, again)]
             print(f"step {step}: loss {losses[0]}, after the restore {losses[1]}")
-        jaxckpt.save(directory / "unbroken", nnx.state(training))
-        jaxckpt.save(directory / "restored", nnx.state(again))
+        jaxckpt.save(directory / "unbroken", nnx.state(training), overwrite=True)
+        jaxckpt.save(directory / "restored", nnx.state(again), overwrite=True)
     kernel = again["model"].hidden.kernel
     print(f"on {devices} devices, hidden/kernel has {kernel.sharding.spec}")
 

@@ -70,7 +70,7 @@ def main(directory: pathlib.Path) -> None:
     total = jnp.zeros(())
     for _ in range(15):  # into the second epoch
         total += sum(next(iterator).sum() for iterator in iterators.values())
-    jaxckpt.save(directory / "step_15", {"total": total}, items=iterators)
+    jaxckpt.save(directory / "step_15", {"total": total}, items=iterators, overwrite=True)
 
     again = {"dataset": make_dataset(), "loader": make_loader()}
     total = jaxckpt.restore(directory / "step_15", items=again)["total"]

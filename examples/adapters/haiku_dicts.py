@@ -60,7 +60,7 @@ def main(directory: pathlib.Path) -> None:
     tree = init_state(jax.random.key(7))
     for _ in range(3):
         tree, _ = train_step(tree)
-    jaxckpt.save(path, tree)
+    jaxckpt.save(path, tree, overwrite=True)
 
     again = jaxckpt.restore(path)
     print("modules:", list(again["params"]))
@@ -68,8 +68,8 @@ def main(directory: pathlib.Path) -> None:
         tree, loss = train_step(tree)
         again, loss_again = train_step(again)
         print(f"step {step}: loss {loss.item().hex()}, after the restore {loss_again.item().hex()}")
-    jaxckpt.save(directory / "unbroken", tree)
-    jaxckpt.save(directory / "restored", again)
+    jaxckpt.save(directory / "unbroken", tree, overwrite=True)
+    jaxckpt.save(directory / "restored", again, overwrite=True)
 
     checkpoint = jaxckpt.open(path)
     print("keys:", *checkpoint.keys(), sep="\n  ")

@@ -94,7 +94,7 @@ def main(directory: pathlib.Path) -> None:
     model = make_model()
     trainer = Trainer(model)
     trainer.train(3)
-    jaxckpt.save(path, model.get_state_tree(), items={"model": model.to_json()})
+    jaxckpt.save(path, model.get_state_tree(), items={"model": model.to_json()}, overwrite=True)
 
     keras.utils.clear_session()  # names as in a new process
     keras.utils.set_random_seed(2)
@@ -104,8 +104,8 @@ def main(directory: pathlib.Path) -> None:
     losses = zip(trainer.train(3), Trainer(again).train(3), strict=True)
     for step, (loss, loss_again) in enumerate(losses, 4):
         print(f"step {step}: loss {loss}, after the restore {loss_again}")
-    jaxckpt.save(directory / "unbroken", model.get_state_tree())
-    jaxckpt.save(directory / "restored", again.get_state_tree())
+    jaxckpt.save(directory / "unbroken", model.get_state_tree(), overwrite=True)
+    jaxckpt.save(directory / "restored", again.get_state_tree(), overwrite=True)
 
     # Elsewhere, without this file: the model from its item, the values that inference needs, and one as a NumPy array.
     checkpoint = jaxckpt.open(path)

@@ -65,7 +65,7 @@ def main(directory: pathlib.Path) -> None:
     optimizer = make_optimizer(0.1)
     params = init_params()
     state, _ = train(optimizer, {"params": params, "opt_state": optimizer.init(params)}, 3)
-    jaxckpt.save(path, state)
+    jaxckpt.save(path, state, overwrite=True)
 
     # The same optimizer. Nothing is allocated for `like`.
     like = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
@@ -92,8 +92,8 @@ def main(directory: pathlib.Path) -> None:
     )
     print("of the longer chain, not from the checkpoint:", report.kept)
 
-    jaxckpt.save(directory / "unbroken", unbroken)
-    jaxckpt.save(directory / "restored", restored)
+    jaxckpt.save(directory / "unbroken", unbroken, overwrite=True)
+    jaxckpt.save(directory / "restored", restored, overwrite=True)
     report = jaxckpt.diff(directory / "unbroken", directory / "restored")
     print(report)
     if not report.same:

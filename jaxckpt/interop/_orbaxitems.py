@@ -48,6 +48,8 @@ from .flax import FlaxCheckpoint
 
 METADATA_NAME = "_METADATA"
 DATABASE_NAME = "manifest.ocdbt"
+# In front of the numbers of processes: their databases, which the one of the whole tree refers to.
+_PART_PREFIX = "ocdbt.process_"
 _AGGREGATE_NAME = "checkpoint"
 _TEXTS_NAME = "_strings.json"
 _SHARDING_NAME = "_sharding"
@@ -323,6 +325,13 @@ class _ItemReader:
         if not entries:
             return {}
         is_ocdbt = DATABASE_NAME in self._names
+        parts = sorted(name for name in self._names if name.startswith(_PART_PREFIX))
+        if parts and not is_ocdbt:
+            message = (
+                f"is not there: what the processes wrote ({', '.join(parts[:5])}) was not merged, "
+                "which is the last that Orbax does when it saves"
+            )
+            raise corrupt(f"{self._store.path}/{DATABASE_NAME}", "missing", message)
         place = KeyValues(self._store.path, is_ocdbt=is_ocdbt)
         metadata = self._metadata or {}
         document_names = [".zarray", "zarr.json"]

@@ -231,11 +231,12 @@ def commit_time_s(said: Mapping[str, Any]) -> float | None:
 def no_checkpoint(store: Store) -> NotFoundError:
     """The error for a place where there is nothing to open."""
     advice = ""
-    if "://" in store.path and not store.exists(_COMMIT_NAME):
+    is_url = "://" in store.path
+    if is_url and names_in(store) and not store.exists(_COMMIT_NAME):
         advice = (
             f"\nin an object store, a checkpoint without {_COMMIT_NAME} is not committed; if this one was copied "
             "whole from a local directory, put an empty object of that name there"
         )
-    elif not is_committed(store):
+    elif not is_url and not is_committed(store):
         advice = "\na directory with such a name is not committed"
     return NotFoundError(f"no checkpoint of Orbax's at {store.path!r}{advice}")

@@ -116,6 +116,7 @@ class NpzCheckpoint(ForeignCheckpoint):
         except BaseException:
             self.close()
             raise
+        self._leaves = {name: member.leaf for name, member in self._members.items()}
 
     def _open_archive(self) -> zipfile.ZipFile:
         try:
@@ -193,7 +194,7 @@ class NpzCheckpoint(ForeignCheckpoint):
         Returns:
           For each its dtype and its shape.
         """
-        return {name: member.leaf for name, member in self._members.items()}
+        return self._leaves
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """A box of an array; see `ForeignCheckpoint.read_box`.

@@ -258,7 +258,8 @@ def can_read(path: str | os.PathLike[str]) -> bool:
     """
     try:
         store = open_store(path)
-        return layout.kind_of(store) is not None and _is_committed(store)
+        kind = layout.kind_of(store)
+        return kind == "steps" or (kind is not None and _is_committed(store))
     except (CheckpointError, OSError):
         return False
 

@@ -90,6 +90,7 @@ class SafetensorsCheckpoint(ForeignCheckpoint):
                 what = f"names {missing[0]!r} in {weight_map[missing[0]]!r}, which does not have it"
                 raise corrupt(path, "manifest", what, missing[0])
             self._tensors = {name: self._tensors[name] for name in weight_map}
+        self._leaves = {name: tensor.leaf for name, tensor in self._tensors.items()}
 
     def _add_file(self, number: int, name: str, weight_map: Mapping[str, str] | None) -> None:
         try:
@@ -117,7 +118,7 @@ class SafetensorsCheckpoint(ForeignCheckpoint):
         Returns:
           For each its dtype, its shape, and the format's name of its type, such as ``"BF16"``.
         """
-        return {name: tensor.leaf for name, tensor in self._tensors.items()}
+        return self._leaves
 
     def read_box(self, key: str, lo: tuple[int, ...], hi: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """A box of a tensor; see `ForeignCheckpoint.read_box`.
