@@ -267,7 +267,8 @@ class CheckpointManager:
           metadata: As for `jaxckpt.save`.
           programs: As for `jaxckpt.save`; None: those of the manager.
           force: Whether to save although the step is not due.
-          overwrite: Whether to replace the step if it is there from an earlier run.
+          overwrite: Whether to replace the step if it is there. That makes no step due, but for the one that was saved
+            last, was resumed from, or was not saved at the last due call because it was there.
 
         Returns:
           The save, or None: the step was not due, is there already, or was skipped because another save is in flight.
