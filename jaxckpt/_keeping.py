@@ -52,6 +52,7 @@ class Keeper:
     Attributes:
       last_step: In flight or committed by this manager, or restored by it.
       failed_step: Whose save failed last, unless one went well since.
+      saved_steps: Those that this manager saved.
       tidy_lock: Held while steps are judged and deleted. An observer of a deletion may pin and delete.
       directory: What it keeps.
       hold_back: Is told which steps no rule keeps, and says which of them stay for now all the same.
@@ -62,6 +63,7 @@ class Keeper:
     ) -> None:
         self.last_step: int | None = None
         self.failed_step: int | None = None
+        self.saved_steps: set[int] = set()
         self.tidy_lock = threading.RLock()
         self.directory = directory
         self.hold_back: Callable[[list[int]], Collection[int]] = lambda _: ()
@@ -142,6 +144,7 @@ class Keeper:
         """The save of a step went well."""
         with self._lock:
             self.failed_step = None
+            self.saved_steps.add(step)
             self._damaged.pop(step, None)
             self._doubtful.pop(step, None)
 
