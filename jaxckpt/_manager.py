@@ -89,7 +89,9 @@ class CheckpointManager:
     name. What is read (`restore`, `resume`, `steps`, `open`, ...) is what either tier has; a step that both have is
     read from the directory, and from the second tier if it is damaged there. The first call of `save` begins to upload
     what an earlier run left. `wait`, `close` and the end of the program wait for uploads; after a preemption `close`
-    does so only as long as the grace lasts. A process that is killed meanwhile harms nothing.
+    does so only as long as the grace lasts, and after an interrupt no longer. Then the end of the program waits for the
+    objects in flight alone: on an object store for five minutes at most and the time that a slow connection needs
+    (``timeout_s`` in the URL). A process that is killed meanwhile harms nothing.
 
     Args:
       directory: Directory (or ``s3://``, ``gs://``, ``memory://`` URL). In a group of processes it is one for all, or
@@ -651,11 +653,15 @@ class CheckpointManager:
         try:
             self._background.wait_until_idle()
             if self._uploader is not None:
-                self._uploader.finish(None if self.preemption is None else self.preemption.remaining_s())
+                self._uploader.finish(self._grace_left_s)
         finally:  # an interrupt, too
             self._is_closed = True
             if self.preemption is not None:
                 self.preemption.uninstall()
+
+    def _grace_left_s(self) -> float | None:
+        """Seconds until the process is ended, as far as is known."""
+        return None if self.preemption is None else self.preemption.remaining_s()
 
     def __enter__(self) -> Self:
         return self

@@ -13,8 +13,8 @@ and 2 to 4 again, until there is nothing to choose; then the thread ends, and th
 
 Invariants:
 
-* Training waits for no upload. The one listing that the first save may wait for, some seconds at most, tells whether its
-  step is there.
+* Training waits for no upload. The one listing that the first save may wait for, some seconds at most, tells whether
+  its step is there.
 * A local step that is still to be uploaded is not deleted, but for too many: when the rules of the local directory keep
   more than `UploadOptions.waiting_max` such steps no longer, some are let go, with a warning: first those that the
   second tier would keep for a while only, and of them the oldest.
@@ -57,6 +57,7 @@ _PAUSE_MAX_S = 60.0
 # a place that cannot be reached is given up after minutes.
 _LOOK_S = 10.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ASK_S = 0.5  # between two questions whether the end of the process is announced
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,7 +226,7 @@ class Uploader:
         rules = self._options.retention()
         wanted = [record.step for record in self._wanted(rules) if record.step in doomed]
         current = self._current
-        held_back = {current} & {*doomed}
+        held_back = {step for step in doomed if step == current}
         waiting = [step for step in wanted if step != current]
         if len(waiting) > self._options.waiting_max:
             lasting = {record.step for record in self._wanted(dataclasses.replace(rules, max_to_keep=1))}
@@ -264,14 +265,29 @@ class Uploader:
                 return True
             return self._condition.wait_for(lambda: self._thread is None, timeout_s)
 
-    def finish(self, timeout_s: float | None) -> None:
-        """Ends the uploads: waits for them, and when the time is over, for the objects in flight alone."""
+    def finish(self, remaining_s: Callable[[], float | None]) -> None:
+        """Ends the uploads: waits for them as long as there is time.
+
+        After that, and after an interrupt, nothing more is sent; the end of the program waits for the objects in
+        flight alone, each of which ends or is given up by its store.
+
+        Args:
+          remaining_s: Asked now and then how many seconds are left; None: there is no end to them, so far.
+        """
         if not self._is_started:
             return
         self._is_ending = True
-        self.wake()
-        if self.wait(timeout_s):
-            return
+        try:
+            self.wake()
+            while True:
+                left_s = remaining_s()
+                if self.wait(_ASK_S if left_s is None else min(left_s, _ASK_S)):
+                    return
+                if left_s == 0.0:
+                    break
+        except BaseException:
+            self._stop.set()
+            raise
         self._stop.set()
         left = ", ".join(str(record.step) for record in self._wanted(self._options.retention()))
         _log.warning(

@@ -620,6 +620,42 @@ def test_after_a_preemption_the_end_waits_no_longer_than_the_grace(
     assert_whole(bucket, [1])
 
 
+def test_a_preemption_or_an_interrupt_while_the_end_waits_ends_that(local: pathlib.Path) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    class Grace:
+        """None is announced when it is asked first, then there is one, and then none is left."""
+
+        def __init__(self, *answers: float | None) -> None:
+            self._answers = [*answers]
+
+        def __call__(self) -> float | None:
+            if not self._answers:
+                raise Interrupt
+            return self._answers.pop(0)
+
+    save_steps(local, 1, 2)
+    for grace in (Grace(None, 0.01, 0.0), Grace(None)):
+        gate = Gate("data-")
+        bucket = Bucket(gate)
+        uploader = Uploader(
+            *keepers_of(LocalStore(str(local)), bucket),
+            UploadOptions(io_threads=1),
+            lambda *_, **__: None,
+            lambda *_: None,
+            lambda: 0.0,
+        )
+        uploader.wake()
+        assert gate.reached.wait(60)
+        with contextlib.suppress(Interrupt):
+            uploader.finish(grace)
+        gate.may_go_on.set()
+        assert uploader.wait(60)
+        assert len([path for path in bucket.puts() if "data-" in path]) == 1
+        assert steps_in(bucket) == []
+
+
 def test_objects_in_flight_stay_within_their_bound(local: pathlib.Path) -> None:
     tree = {f"w{number}": np.full(100 * KIB, number, np.uint8) for number in range(20)}
     tree["large"] = np.zeros(900 * KIB, np.uint8)
@@ -699,7 +735,7 @@ def test_whatever_an_upload_fails_by_is_told(local: pathlib.Path) -> None:
 
     manager = CheckpointManager(local, upload_to=Bucket(refuse), upload=ONCE)
     manager.save(1, tree_of(1)).wait()
-    with pytest.raises(jaxckpt.WriteError, match="step 1 is not uploaded .* MemoryError: for an object"):
+    with pytest.raises(jaxckpt.WriteError, match=r"step 1 is not uploaded .* MemoryError: for an object"):
         manager.close()
 
 
