@@ -90,8 +90,8 @@ class CheckpointManager:
     read from the directory, and from the second tier if it is damaged there. The first call of `save` begins to upload
     what an earlier run left. `wait`, `close` and the end of the program wait for uploads; after a preemption `close`
     does so only as long as the grace lasts, and after an interrupt no longer. Then the end of the program waits for the
-    objects in flight alone: on an object store for five minutes at most and the time that a slow connection needs
-    (``timeout_s`` in the URL). A process that is killed meanwhile harms nothing.
+    requests in flight alone, which on an object store take as long as ``timeout_s`` in the URL allows. A process that
+    is killed meanwhile harms nothing.
 
     Args:
       directory: Directory (or ``s3://``, ``gs://``, ``memory://`` URL). In a group of processes it is one for all, or
@@ -372,7 +372,8 @@ class CheckpointManager:
     def _delete(self, step: int) -> None:
         with contextlib.nullcontext() if self._uploader is None else self._uploader.without(step):
             for keeper in self._that_have(step):
-                keeper.delete(step)
+                with contextlib.suppress(NotFoundError):  # a rule deletes it at this moment
+                    keeper.delete(step)
 
     def _that_have(self, step: int) -> list[Keeper]:
         """The tiers that have a step."""

@@ -539,6 +539,18 @@ def test_deleting_a_step_deletes_it_in_both_and_cuts_off_its_upload(local: pathl
     assert_whole(bucket, [3])
 
 
+def test_a_step_that_a_rule_deletes_at_the_same_moment_is_deleted(local: pathlib.Path) -> None:
+    bucket = Bucket()
+    near = Bucket(lambda call, _: bucket.objects.clear() if call == "delete" else None, "bucket://near")
+    for place in (near, bucket):
+        save_steps(place, 1, 2)
+    manager = CheckpointManager(near, upload_to=bucket)
+    manager.delete(1)
+    assert steps_in(near) == [2]
+    with pytest.raises(jaxckpt.NotFoundError, match="no step 1"):
+        manager.delete(1)
+
+
 def test_pruning_spares_what_still_has_to_be_uploaded(local: pathlib.Path) -> None:
     bucket = Bucket()
     save_steps(local, *range(6))
