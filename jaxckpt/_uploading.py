@@ -185,6 +185,7 @@ class Uploader:
         self._current: int | None = None  # the step that is being copied
         self._barred: set[int] = set()  # steps that are being deleted
         local.hold_back = self.hold_back
+        remote.is_ended = self._stop.is_set
 
     # --- for the manager --------------------------------------------------------------------------------------
 

@@ -668,6 +668,29 @@ def test_a_preemption_or_an_interrupt_while_the_end_waits_ends_that(local: pathl
         assert steps_in(bucket) == []
 
 
+def test_after_the_end_a_network_that_is_down_is_asked_nothing_more(local: pathlib.Path) -> None:
+    def interrupt() -> float:
+        raise KeyboardInterrupt
+
+    def break_down(call: str, path: str) -> None:
+        if call == "list" and any(path.endswith(MANIFEST) for path in bucket.objects):
+            asked.append(call)
+            with contextlib.suppress(KeyboardInterrupt):
+                uploader.finish(interrupt)
+        if asked:
+            asked.append(call)
+            raise OSError(errno.ECONNREFUSED, "the network is down", path)
+
+    save_steps(local, 1)
+    asked: list[str] = []
+    bucket = Bucket(break_down)
+    keepers = keepers_of(LocalStore(str(local)), bucket)
+    uploader = Uploader(*keepers, UploadOptions(), lambda *_, **__: None, lambda *_: None, lambda: 0.0)
+    uploader.wake()
+    assert uploader.wait(60)
+    assert asked == ["list", "list"]
+
+
 def test_objects_in_flight_stay_within_their_bound(local: pathlib.Path) -> None:
     tree = {f"w{number}": np.full(100 * KIB, number, np.uint8) for number in range(20)}
     tree["large"] = np.zeros(900 * KIB, np.uint8)
