@@ -600,7 +600,7 @@ def test_of_many_that_wait_those_are_let_go_that_would_not_stay_for_long(local: 
     with CheckpointManager(local, max_to_keep=1, upload_to=bucket, upload=upload) as manager:
         for step in range(1, 12):
             manager.save(step, tree_of(step)).wait()
-            manager._wait_until_idle()
+            manager._background.wait_until_idle()
             if step == 1:
                 assert gate.reached.wait(60)
             assert len(steps_in(local)) <= 4
