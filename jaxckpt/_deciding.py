@@ -53,6 +53,7 @@ from ._uploading import Uploader
 _log = logging.getLogger("jaxckpt")
 
 _FORCED = "force=True"
+_REPLACED = "overwrite=True"
 _PREEMPTED = "preemption"
 _LAST = "the last step"
 _RETRIED = "its save failed before"
@@ -194,11 +195,11 @@ class StepSaver:
             self._uploader.wake_first()
         decide: Callable[[], _Decision] | None = None
         if self._leader is not None:
-            if self._is_word_needed(step, force=force):
+            if self._is_word_needed(step, force=force, overwrite=overwrite):
                 decide = functools.partial(self._decide, step, call.metrics, force=force, overwrite=overwrite)
         else:
             self._look_for_preemption(step)
-            reason = self._reason_to_save(step, call.metrics, force=force)
+            reason = self._reason_to_save(step, call.metrics, force=force, overwrite=overwrite)
             if reason is not None:
                 decide = functools.partial(self._decide_due, step, reason, overwrite=overwrite)
         if decide is None:
@@ -228,7 +229,7 @@ class StepSaver:
 
     # --- deciding ---------------------------------------------------------------------------------------------
 
-    def _is_word_needed(self, step: int, *, force: bool) -> bool:
+    def _is_word_needed(self, step: int, *, force: bool, overwrite: bool) -> bool:
         """Whether process 0 has to decide on this call; each process of a group finds the same."""
         assert self._leader is not None
         is_due = self._schedule.is_due_by_number(step)
@@ -241,6 +242,7 @@ class StepSaver:
                 has_question = True
         # Whether the last save failed may be known in one process and not yet in another.
         is_sure = is_due or force or step == self._attempted_step
+        is_sure |= overwrite and self._schedule.is_last(step)
         is_sure |= self._is_preempted and not self.has_answered_preemption
         return is_sure or (has_question and not is_quiet)
 
@@ -254,13 +256,17 @@ class StepSaver:
         self._is_preempted = True
         self._tell("preempted", step, f"the end of the process is announced; step {step} is saved")
 
-    def _reason_to_save(self, step: int, metrics: Mapping[str, Any] | None, *, force: bool) -> str | None:
+    def _reason_to_save(
+        self, step: int, metrics: Mapping[str, Any] | None, *, force: bool, overwrite: bool
+    ) -> str | None:
         if force:
             return _FORCED
         if self._is_preempted and not self.has_answered_preemption:
             return _PREEMPTED
         if step == self._keeper.failed_step:
             return _RETRIED
+        if overwrite and self._schedule.is_last(step):
+            return _REPLACED
         return self._schedule.reason_to_save(step, metrics)
 
     def _decide(
@@ -272,7 +278,7 @@ class StepSaver:
         if self.preemption is not None and not self.preemption.is_agreed_by_jax:
             self._look_for_preemption(step)
             quiet_s = min(quiet_s, _PREEMPTION_QUIET_S)
-        reason = self._reason_to_save(step, metrics, force=force)
+        reason = self._reason_to_save(step, metrics, force=force, overwrite=overwrite)
         if reason is None:
             return _Decision(_NOT_DUE, step, quiet_calls=self._leader.count_quiet_calls(quiet_s))
         return self._decide_due(step, reason, overwrite=overwrite)

@@ -52,8 +52,10 @@ class Keeper:
     Attributes:
       last_step: In flight or committed by this manager, or restored by it.
       failed_step: Whose save failed last, unless one went well since.
+      saved_steps: Those that this manager saved.
       tidy_lock: Held while steps are judged and deleted. An observer of a deletion may pin and delete.
       directory: What it keeps.
+      is_ended: Whether nobody waits any more, so that `tidy` asks for nothing more; the next run does.
       hold_back: Is told which steps no rule keeps, and says which of them stay for now all the same.
     """
 
@@ -62,9 +64,11 @@ class Keeper:
     ) -> None:
         self.last_step: int | None = None
         self.failed_step: int | None = None
+        self.saved_steps: set[int] = set()
         self.tidy_lock = threading.RLock()
         self.directory = directory
         self.hold_back: Callable[[list[int]], Collection[int]] = lambda _: ()
+        self.is_ended: Callable[[], bool] = lambda: False
         self._retention = retention
         self._wall_s = wall_s
         self._tell = tell
@@ -142,6 +146,7 @@ class Keeper:
         """The save of a step went well."""
         with self._lock:
             self.failed_step = None
+            self.saved_steps.add(step)
             self._damaged.pop(step, None)
             self._doubtful.pop(step, None)
 
@@ -191,11 +196,14 @@ class Keeper:
             except OSError as error:
                 self._is_swept = False
                 _log.warning("cannot sweep %r: %s", self.directory.path, error)
+            if self.is_ended():
+                return
             try:
                 self._delete_old()
             except OSError as error:
                 _log.warning("cannot look for old steps in %r: %s", self.directory.path, error)
-            self._write_cache()
+            if not self.is_ended():
+                self._write_cache()
 
     def prune(self) -> list[int]:
         """Deletes what no rule keeps; returns those steps."""

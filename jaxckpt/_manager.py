@@ -89,7 +89,9 @@ class CheckpointManager:
     name. What is read (`restore`, `resume`, `steps`, `open`, ...) is what either tier has; a step that both have is
     read from the directory, and from the second tier if it is damaged there. The first call of `save` begins to upload
     what an earlier run left. `wait`, `close` and the end of the program wait for uploads; after a preemption `close`
-    does so only as long as the grace lasts. A process that is killed meanwhile harms nothing.
+    does so only as long as the grace lasts, and after an interrupt no longer. Then the end of the program waits for the
+    requests in flight alone, which on an object store take as long as ``timeout_s`` in the URL allows. A process that
+    is killed meanwhile harms nothing.
 
     Args:
       directory: Directory (or ``s3://``, ``gs://``, ``memory://`` URL). In a group of processes it is one for all, or
@@ -267,7 +269,8 @@ class CheckpointManager:
           metadata: As for `jaxckpt.save`.
           programs: As for `jaxckpt.save`; None: those of the manager.
           force: Whether to save although the step is not due.
-          overwrite: Whether to replace the step if it is there from an earlier run.
+          overwrite: Whether to replace the step if it is there. That makes no step due, but for the one that was saved
+            last, was resumed from, or was not saved at the last due call because it was there.
 
         Returns:
           The save, or None: the step was not due, is there already, or was skipped because another save is in flight.
@@ -369,7 +372,8 @@ class CheckpointManager:
     def _delete(self, step: int) -> None:
         with contextlib.nullcontext() if self._uploader is None else self._uploader.without(step):
             for keeper in self._that_have(step):
-                keeper.delete(step)
+                with contextlib.suppress(NotFoundError):  # a rule deletes it at this moment
+                    keeper.delete(step)
 
     def _that_have(self, step: int) -> list[Keeper]:
         """The tiers that have a step."""
@@ -650,11 +654,15 @@ class CheckpointManager:
         try:
             self._background.wait_until_idle()
             if self._uploader is not None:
-                self._uploader.finish(None if self.preemption is None else self.preemption.remaining_s())
+                self._uploader.finish(self._grace_left_s)
         finally:  # an interrupt, too
             self._is_closed = True
             if self.preemption is not None:
                 self.preemption.uninstall()
+
+    def _grace_left_s(self) -> float | None:
+        """Seconds until the process is ended, as far as is known."""
+        return None if self.preemption is None else self.preemption.remaining_s()
 
     def __enter__(self) -> Self:
         return self

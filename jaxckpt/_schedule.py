@@ -3,7 +3,8 @@
 A loop calls at every step, or at some of them, and a `Schedule` says for each call whether it is due. The rules unite,
 and the first one that says yes gives the reason:
 
-    1. never twice     the step that was saved last, or resumed from, is not due, whatever the other rules say
+    1. never twice     the step that was saved last, or resumed from, is not due, whatever the other rules say; who
+                       replaces it asks `Schedule.is_last` first
     2. first step      the first step of a run that did not resume from anything
     3. given step      the step is in the container of steps
     4. every N steps   a multiple of N was crossed since the baseline
@@ -191,6 +192,10 @@ class Schedule:
         if self._steps is not None and step in self._steps:
             return True
         return self._budget is None and self._is_crossed(step, baseline)
+
+    def is_last(self, step: int) -> bool:
+        """Whether this step was saved last, resumed from, or found in storage."""
+        return step == self._last_step
 
     def has_open_question(self, step: int) -> bool:
         """Whether a clock, the budget or the predicate may make this step due; to be asked after `is_due_by_number`."""

@@ -13,12 +13,16 @@ and 2 to 4 again, until there is nothing to choose; then the thread ends, and th
 
 Invariants:
 
-* Training waits for no upload. The one listing that the first save may wait for tells whether its step is there.
+* Training waits for no upload. The one listing that the first save may wait for, some seconds at most, tells whether
+  its step is there.
 * A local step that is still to be uploaded is not deleted, but for too many: when the rules of the local directory keep
-  more than `UploadOptions.waiting_max` such steps no longer, the oldest are let go, with a warning.
+  more than `UploadOptions.waiting_max` such steps no longer, some are let go, with a warning: first those that the
+  second tier would keep for a while only, and of them the oldest.
 * Damage does not travel: a step that proves damaged while it is copied counts no more.
-* Where both tiers have a step and not the same one, the one that was committed later stays.
-* A failed upload is told as a failed save is. It is tried again with growing pauses, then after the next save.
+* Where both tiers have a step and not the same one, the one that was committed later stays: that of this manager, or
+  else, for no clock is sure, that with the later time.
+* A failed upload is told as a failed save is. It is tried again with growing pauses, then after the next save. What
+  uploads left that nobody will go on with is deleted before others, and so is all of it when there is no room.
 
 Deliberately not here: which tier a step is restored from (`_resuming`).
 """
@@ -28,6 +32,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import logging
 import threading
 import time
@@ -48,6 +53,11 @@ _log = logging.getLogger("jaxckpt")
 
 _PAUSE_S = 1.0  # after the first failure; it doubles
 _PAUSE_MAX_S = 60.0
+# The first save waits no longer to learn which steps the second tier has. A thousand steps are listed in a few seconds;
+# a place that cannot be reached is given up after minutes.
+_LOOK_S = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ASK_S = 0.5  # between two questions whether the end of the process is announced
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,8 +75,9 @@ class UploadOptions:
       keep_interval_s: A step stays for each so many seconds of time between commits.
       best: The best steps by a metric stay; one `Best` or several.
       time_to_live_s: `max_to_keep` keeps no step that is older than this.
-      waiting_max: So many steps at most stay in the manager's directory only because they are still to be uploaded.
-        Default 2: beside the five of the default `max_to_keep` that is 40 % more storage.
+      waiting_max: So many steps at most stay in the manager's directory only because they are still to be uploaded,
+        beside the one that is being uploaded. When more wait, those stay first that other rules than `max_to_keep`
+        keep, and then the newest. Default 2: beside the five of the default `max_to_keep` that is 40 % more storage.
       attempts: How many times in a row a step is tried, with pauses of 1, 2, 4, ... 60 seconds between. Default 5; then
         it is tried again after the next save. Object stores have retries of single requests besides.
       io_threads: Objects in flight at a time. Default 8: object stores answer late and take many at once.
@@ -138,6 +149,7 @@ class Uploader:
         on_end: Callable[[int, CheckpointError | None], None],
         wall_s: Callable[[], float],
         pause: Callable[[float], object] | None = None,
+        look_s: float = _LOOK_S,
     ) -> None:
         """Touches nothing, and starts no thread until `wake`.
 
@@ -149,6 +161,7 @@ class Uploader:
           on_end: Called in the background when a step was uploaded, or with why it was given up for now.
           wall_s: Clock for the times of checkpoints, in seconds since 1970.
           pause: Waits for so many seconds before another attempt; None: that, or until `finish` gives up.
+          look_s: Most seconds that `is_there` waits for the first look at the second tier.
         """
         self._local = local
         self._remote = remote
@@ -158,7 +171,9 @@ class Uploader:
         self._wall_s = wall_s
         self._stop = threading.Event()
         self._pause = pause or self._stop.wait
-        self._has_looked = False
+        self._look_s = look_s
+        self._has_looked = threading.Event()  # or nobody waits for it any more
+        self._is_full = False
         self._is_started = False
         self._is_ending = False
         self._has_held_back = False
@@ -170,6 +185,7 @@ class Uploader:
         self._current: int | None = None  # the step that is being copied
         self._barred: set[int] = set()  # steps that are being deleted
         local.hold_back = self.hold_back
+        remote.is_ended = self._stop.is_set
 
     # --- for the manager --------------------------------------------------------------------------------------
 
@@ -196,24 +212,35 @@ class Uploader:
             self._run()
 
     def is_there(self, step: int) -> bool:
-        """Whether the second tier has a step, as far as is known; looks there if nobody has."""
+        """Whether the second tier has a step, as far as is known; waits a little for the first look there."""
         self._look_once()
-        return step in (self._there or {}) and not self._remote.is_damaged(step)
+        if step not in (self._there or {}):
+            return False
+        try:
+            return self._remote.has(step)  # it may have been deleted since
+        except OSError:
+            return True
 
     def hold_back(self, doomed: Sequence[int]) -> set[int]:
         """Of steps that the local rules do not keep, those that stay until they are uploaded."""
         self._look_once()
-        wanted = [record.step for record in self._wanted() if record.step in doomed]
-        held_back = wanted[: self._options.waiting_max]
-        for step in wanted[self._options.waiting_max :]:
-            if step != self._current:
-                message = (
-                    f"step {step} is deleted before it was uploaded: {len(held_back)} newer ones wait, too"
-                )
-                _log.warning("%s", message)
-                self._tell("upload skipped", step, message)
+        rules = self._options.retention()
+        wanted = [record.step for record in self._wanted(rules) if record.step in doomed]
+        current = self._current
+        held_back = {step for step in doomed if step == current}
+        waiting = [step for step in wanted if step != current]
+        if len(waiting) > self._options.waiting_max:
+            lasting = {record.step for record in self._wanted(dataclasses.replace(rules, max_to_keep=1))}
+            waiting.sort(key=lambda step: step not in lasting)  # stable: of either kind the newest first
+        held_back.update(waiting[: self._options.waiting_max])
+        for step in waiting[self._options.waiting_max :]:
+            message = (
+                f"step {step} is deleted before it was uploaded: {self._options.waiting_max} others wait, too"
+            )
+            _log.warning("%s", message)
+            self._tell("upload skipped", step, message)
         self._has_held_back = bool(held_back)
-        return {*held_back}
+        return held_back
 
     @contextlib.contextmanager
     def without(self, step: int) -> Generator[None]:
@@ -239,16 +266,31 @@ class Uploader:
                 return True
             return self._condition.wait_for(lambda: self._thread is None, timeout_s)
 
-    def finish(self, timeout_s: float | None) -> None:
-        """Ends the uploads: waits for them, and when the time is over, for the objects in flight alone."""
+    def finish(self, remaining_s: Callable[[], float | None]) -> None:
+        """Ends the uploads: waits for them as long as there is time.
+
+        After that, and after an interrupt, nothing more is sent; the end of the program waits for the objects in
+        flight alone, each of which ends or is given up by its store.
+
+        Args:
+          remaining_s: Asked now and then how many seconds are left; None: there is no end to them, so far.
+        """
         if not self._is_started:
             return
         self._is_ending = True
-        self.wake()
-        if self.wait(timeout_s):
-            return
+        try:
+            self.wake()
+            while True:
+                left_s = remaining_s()
+                if self.wait(_ASK_S if left_s is None else min(left_s, _ASK_S)):
+                    return
+                if left_s == 0.0:
+                    break
+        except BaseException:
+            self._stop.set()
+            raise
         self._stop.set()
-        left = ", ".join(str(record.step) for record in self._wanted())
+        left = ", ".join(str(record.step) for record in self._wanted(self._options.retention()))
         _log.warning(
             "no time is left to upload to %r; the next run goes on with step %s",
             self._remote.directory.path,
@@ -283,22 +325,24 @@ class Uploader:
                 if not so_far.has_looked:
                     self._look()
                     so_far.has_looked = True
+                    self._make_room()
                 record = self._next(so_far)
                 if record is None:
                     return
                 step = record.step
                 self._upload(record)
                 so_far.closed.add(step)  # who replaces it meanwhile wakes this thread again
-            except (CheckpointError, OSError) as error:
+            except Exception as error:  # storage's refusal, or no memory, or an observer's mistake
                 so_far.has_looked = False  # who knows what was done
                 if not self._note_failure(step, error, so_far):
                     return
 
     def _next(self, so_far: _Round) -> StepRecord | None:
         """The newest step that is wanted and still open in this round."""
-        return next((record for record in self._wanted() if record.step not in so_far.closed), None)
+        wanted = self._wanted(self._options.retention())
+        return next((record for record in wanted if record.step not in so_far.closed), None)
 
-    def _note_failure(self, step: int | None, error: CheckpointError | OSError, so_far: _Round) -> bool:
+    def _note_failure(self, step: int | None, error: Exception, so_far: _Round) -> bool:
         """Says that an upload failed, and waits before the next attempt; False when the round is over."""
         place = self._remote.directory.path
         is_listing = step is None
@@ -308,6 +352,8 @@ class Uploader:
                 _log.warning("cannot look for steps in %r: %s", place, error)
                 return False
             step = record.step
+        self._remote.note_failed(step)  # what is left there is swept
+        self._is_full = isinstance(error, OSError) and error.errno in _FULL
         so_far.failures[step] += 1
         count = so_far.failures[step]
         is_damaged = isinstance(error, (CorruptError, FormatError))
@@ -322,8 +368,13 @@ class Uploader:
         return not is_listing
 
     def _look_once(self) -> None:
-        """Looks unless somebody has; what cannot be found out counts as not there."""
-        if self._there is None and not self._has_looked:
+        """Waits until somebody has looked; what cannot be found out in time counts as not there."""
+        if self._is_started:
+            if not self._has_looked.wait(self._look_s):
+                self._has_looked.set()  # once is enough
+                place = self._remote.directory.path
+                _log.warning("cannot look for steps in %r: no answer after %g s", place, self._look_s)
+        elif not self._has_looked.is_set():
             try:
                 self._look()
             except (CheckpointError, OSError) as error:
@@ -331,11 +382,18 @@ class Uploader:
 
     def _look(self) -> None:
         """Finds out what the second tier holds."""
-        self._has_looked = True
-        self._there = {record.step: record for record in self._remote.directory.records()}
+        try:
+            self._there = {record.step: record for record in self._remote.directory.records()}
+        finally:
+            self._has_looked.set()
 
-    def _wanted(self) -> list[StepRecord]:
-        """The steps that are still to be uploaded, the newest first."""
+    def _make_room(self) -> None:
+        """Deletes what uploads left, but for what will be gone on with if there is room."""
+        self._remote.directory.spare(() if self._is_full else self._local.steps())
+        self._remote.sweep_once()
+
+    def _wanted(self, rules: Retention) -> list[StepRecord]:
+        """The steps that are still to be uploaded and that these rules of the second tier keep, the newest first."""
         local = {
             record.step: record
             for record in self._local.durable_records()
@@ -345,7 +403,7 @@ class Uploader:
         lacking = {
             step: record
             for step, record in local.items()
-            if step not in there or _replaces(record, there[step])
+            if step not in there or self._replaces(record, there[step])
         }
         due = _choose_due(lacking, there, self._options.interval_steps)
         if self._is_ending and max(local, default=None) in lacking:
@@ -356,12 +414,17 @@ class Uploader:
             [record.step for record in records],
             [record.created_s for record in records],
             [record.metrics for record in records],
-            dataclasses.replace(self._options.retention(), pinned=pinned),
+            dataclasses.replace(rules, pinned=pinned),
             self._wall_s(),
         )
         return [
             lacking[verdict.step] for verdict in reversed(verdicts) if verdict.is_kept and verdict.step in due
         ]
+
+    def _replaces(self, local: StepRecord, remote: StepRecord) -> bool:
+        """Whether a local step is another one than that of the second tier, and younger."""
+        is_younger = local.step in self._local.saved_steps or local.created_s > remote.created_s
+        return local.checksum != remote.checksum and is_younger
 
     def _upload(self, record: StepRecord) -> None:
         step = record.step
@@ -441,34 +504,28 @@ def _choose_due(
     last: int | None = None
     for step in sorted({*lacking, *there}):
         if step in lacking:
-            if (
-                interval_steps is not None
-                and last is not None
-                and step // interval_steps == last // interval_steps
-            ):
+            is_next = (
+                interval_steps is None or last is None or step // interval_steps != last // interval_steps
+            )
+            if not is_next and step not in there:  # what replaces another one is due
                 continue
             due.add(step)
         last = step
     return due
 
 
-def _replaces(local: StepRecord, remote: StepRecord) -> bool:
-    """Whether a local step is another one than that of the second tier, and younger."""
-    return local.checksum != remote.checksum and local.created_s > remote.created_s
-
-
-def _failure_of(step: int, place: str, error: CheckpointError | OSError) -> CheckpointError:
+def _failure_of(step: int, place: str, error: Exception) -> CheckpointError:
     """The error that is raised by `CheckpointManager.wait`."""
     if isinstance(error, (CorruptError, FormatError)):
         failure: CheckpointError = CorruptError(
             f"step {step} is not uploaded to {place!r}: {error}", error.problems
         )
     else:
-        reason = (
-            error.strerror or error
-            if isinstance(error, OSError) and not isinstance(error, WriteError)
-            else error
-        )
+        reason: object = error
+        if isinstance(error, OSError) and not isinstance(error, WriteError):
+            reason = error.strerror or error
+        elif not isinstance(error, CheckpointError):
+            reason = f"{type(error).__name__}: {error}"
         failure = WriteError(
             f"step {step} is not uploaded to {place!r}: {reason}\nit is tried again after the next save",
             error.errno if isinstance(error, OSError) else None,

@@ -260,6 +260,26 @@ def test_a_forced_save_and_an_overwrite_are_what_they_say(path: pathlib.Path) ->
     assert_holds_exactly(path, [7])
 
 
+def test_a_step_that_was_saved_or_resumed_from_last_is_replaced_by_an_overwrite(path: pathlib.Path) -> None:
+    with CheckpointManager(path, save_interval_steps=10) as manager:
+        assert manager.save(10, tree_of(0), overwrite=True) is not None
+        assert manager.save(10, tree_of(1)) is None
+        assert manager.save(10, tree_of(2), overwrite=True) is not None
+        assert manager.save(11, tree_of(11), overwrite=True) is None
+    with CheckpointManager(path, save_interval_steps=10, save_last=False) as manager:
+        assert_same_tree(manager.resume(), (11, tree_of(11)))
+        assert manager.save(11, tree_of(3)) is None
+        assert manager.save(11, tree_of(4), overwrite=True) is not None
+        assert manager.save(12, tree_of(12), overwrite=True) is None
+        manager.wait()
+        assert_same_tree(manager.restore(11), tree_of(4))
+    with CheckpointManager(path, save_interval_steps=10) as manager:
+        assert manager.save(10, tree_of(5)) is None  # it is there, says a warning, and to pass overwrite=True
+        assert manager.save(10, tree_of(10), overwrite=True) is not None
+        assert manager.save(11, tree_of(11), force=True, overwrite=True) is not None
+    assert_holds_exactly(path, [10, 11])
+
+
 def test_nothing_is_made_before_the_first_save(path: pathlib.Path) -> None:
     with CheckpointManager(path, save_interval_steps=10, save_last=False) as manager:
         assert manager.save(1, tree_of(1)) is None

@@ -107,6 +107,8 @@ def resume_newest(worker: Worker, path: str) -> int:
         assert_is_step(tree, step)
         again = manager.restore(step, mesh=global_mesh())
         assert_is_step(again, step)
+        assert manager.save(step, tree_of(step)) is None
+        assert manager.save(step, tree_of(step), overwrite=True) is not None
         manager.save(step + 1, tree_of(step + 1))
     return step
 

@@ -455,7 +455,8 @@ class ManagerMachine(RuleBasedStateMachine):
         call = self.new_call(step, metrics)
         manager, mind = self.manager, self.mind
         mind.has_seen_steps = True
-        is_wanted = force or step == mind.failed_step or mind.is_due(step, self.passed_s)
+        is_named = step == mind.failed_step or (overwrite and step == mind.last_noted)
+        is_wanted = force or is_named or mind.is_due(step, self.passed_s)
         if not is_wanted:
             mind.unsaved = call if mind.policy.save_last else None
         is_saved = is_wanted and (overwrite or step != mind.last_step)

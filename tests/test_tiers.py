@@ -229,6 +229,16 @@ def flip_a_bit(file: pathlib.Path) -> None:
     file.write_bytes(data)
 
 
+def keepers_of(*stores: Store) -> list[Keeper]:
+    """Of each of the places, with rules that keep everything."""
+    return [
+        Keeper(
+            StepDirectory(store, "step_", 8), Retention(max_to_keep=None), lambda: 0.0, lambda *_, **__: None
+        )
+        for store in stores
+    ]
+
+
 DAMAGES: dict[str, Callable[[pathlib.Path, int], None]] = {
     "a bit of the data": lambda root, step: flip_a_bit(data_of(root, step)),
     "a bit of the manifest": lambda root, step: flip_a_bit(root / name_of(step) / MANIFEST),
@@ -431,6 +441,67 @@ def test_a_step_that_only_the_second_tier_has_is_there(
     assert bucket.child(name_of(2)).names()[1:] == [MANIFEST, "zarr.json"]
 
 
+def test_whether_a_step_is_there_is_found_out_before_it_is_saved_but_not_for_ever(
+    local: pathlib.Path,
+) -> None:
+    bucket = Bucket()
+    save_steps(bucket, 1, 2)
+    bucket.before = gate = Gate("", "list")
+    manager = CheckpointManager(local, upload_to=bucket)
+    manager._uploader.wake_first()
+    assert gate.reached.wait(60)
+    opening = threading.Timer(0.2, gate.may_go_on.set)
+    opening.start()
+    assert manager.save(2, tree_of(20)) is None  # waits
+    opening.join()
+    manager.close()
+
+    bucket.before = gate = Gate("", "list")
+    keepers = keepers_of(LocalStore(str(local)), bucket)
+    uploader = Uploader(
+        *keepers, UploadOptions(), lambda *_, **__: None, lambda *_: None, lambda: 0.0, look_s=0.01
+    )
+    uploader.wake()
+    assert gate.reached.wait(60)
+    assert not uploader.is_there(2)
+    gate.may_go_on.set()
+    assert uploader.wait(60)
+    assert uploader.is_there(2)
+
+
+def test_a_step_that_the_second_tier_has_deleted_is_not_there(local: pathlib.Path) -> None:
+    bucket = Bucket()
+    upload = UploadOptions(max_to_keep=1)
+    with CheckpointManager(local, max_to_keep=1, upload_to=bucket, upload=upload) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, tree_of(step))
+            manager.wait()
+        assert manager.save(2, tree_of(2), force=True) is not None
+
+
+def test_what_this_manager_saved_is_younger_whatever_the_clock_says(local: pathlib.Path) -> None:
+    bucket = Bucket()
+    now_s = [100.0]
+    with CheckpointManager(local, upload_to=bucket, wall_s=lambda: now_s[0]) as manager:
+        manager.save(1, tree_of(10))
+        manager.wait()
+        now_s[0] = 50.0
+        manager.save(1, tree_of(1), overwrite=True)
+    assert_whole(bucket, [1])
+
+
+def test_what_replaces_another_step_is_due_between_the_multiples_too(local: pathlib.Path) -> None:
+    bucket = Bucket()
+    arguments: dict[str, Any] = {"upload_to": bucket, "upload": UploadOptions(interval_steps=10)}
+    with CheckpointManager(local, **arguments) as manager:
+        manager.save(30, tree_of(30))
+        manager.save(35, tree_of(0))
+    with CheckpointManager(local, **arguments) as manager:
+        manager.save(35, tree_of(35), force=True, overwrite=True)
+        manager.save(36, tree_of(36))
+    assert_whole(bucket, [30, 35, 36])
+
+
 def test_of_two_different_steps_the_younger_one_stays(local: pathlib.Path) -> None:
     bucket = Bucket()
     now_s = [100.0]
@@ -466,6 +537,18 @@ def test_deleting_a_step_deletes_it_in_both_and_cuts_off_its_upload(local: pathl
         manager.save(3, tree_of(3))
     assert_whole(local, [3])
     assert_whole(bucket, [3])
+
+
+def test_a_step_that_a_rule_deletes_at_the_same_moment_is_deleted(local: pathlib.Path) -> None:
+    bucket = Bucket()
+    near = Bucket(lambda call, _: bucket.objects.clear() if call == "delete" else None, "bucket://near")
+    for place in (near, bucket):
+        save_steps(place, 1, 2)
+    manager = CheckpointManager(near, upload_to=bucket)
+    manager.delete(1)
+    assert steps_in(near) == [2]
+    with pytest.raises(jaxckpt.NotFoundError, match="no step 1"):
+        manager.delete(1)
 
 
 def test_pruning_spares_what_still_has_to_be_uploaded(local: pathlib.Path) -> None:
@@ -504,10 +587,26 @@ def test_a_slow_second_tier_neither_blocks_training_nor_fills_the_disk(
     assert events.steps("uploaded") == [1, 8, 7, 6, 5]
     assert events.steps("upload skipped") == [2, 3, 4]
     warnings = records_of(caplog, logging.WARNING)
-    assert warnings[0] == "step 2 is deleted before it was uploaded: 2 newer ones wait, too"
+    assert warnings[0] == "step 2 is deleted before it was uploaded: 2 others wait, too"
     assert len(warnings) == 3
     assert_whole(local, [7, 8])
     assert_whole(bucket, [1, 5, 6, 7, 8])
+
+
+def test_of_many_that_wait_those_are_let_go_that_would_not_stay_for_long(local: pathlib.Path) -> None:
+    gate = Gate(f"{name_of(1)}/data-")
+    bucket = Bucket(gate)
+    upload = UploadOptions(max_to_keep=9, keep_period=4, waiting_max=2)
+    with CheckpointManager(local, max_to_keep=1, upload_to=bucket, upload=upload) as manager:
+        for step in range(1, 12):
+            manager.save(step, tree_of(step)).wait()
+            manager._background.wait_until_idle()
+            if step == 1:
+                assert gate.reached.wait(60)
+            assert len(steps_in(local)) <= 4
+        gate.may_go_on.set()
+    assert_whole(local, [11])
+    assert_whole(bucket, [1, 4, 8, 11])
 
 
 def test_after_a_preemption_the_end_waits_no_longer_than_the_grace(
@@ -531,6 +630,65 @@ def test_after_a_preemption_the_end_waits_no_longer_than_the_grace(
     with CheckpointManager(local, upload_to=bucket) as manager:
         manager.save(1, tree_of(1))
     assert_whole(bucket, [1])
+
+
+def test_a_preemption_or_an_interrupt_while_the_end_waits_ends_that(local: pathlib.Path) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    class Grace:
+        """None is announced when it is asked first, then there is one, and then none is left."""
+
+        def __init__(self, *answers: float | None) -> None:
+            self._answers = [*answers]
+
+        def __call__(self) -> float | None:
+            if not self._answers:
+                raise Interrupt
+            return self._answers.pop(0)
+
+    save_steps(local, 1, 2)
+    for grace in (Grace(None, 0.01, 0.0), Grace(None)):
+        gate = Gate("data-")
+        bucket = Bucket(gate)
+        uploader = Uploader(
+            *keepers_of(LocalStore(str(local)), bucket),
+            UploadOptions(io_threads=1),
+            lambda *_, **__: None,
+            lambda *_: None,
+            lambda: 0.0,
+        )
+        uploader.wake()
+        assert gate.reached.wait(60)
+        with contextlib.suppress(Interrupt):
+            uploader.finish(grace)
+        gate.may_go_on.set()
+        assert uploader.wait(60)
+        assert len([path for path in bucket.puts() if "data-" in path]) == 1
+        assert steps_in(bucket) == []
+
+
+def test_after_the_end_a_network_that_is_down_is_asked_nothing_more(local: pathlib.Path) -> None:
+    def interrupt() -> float:
+        raise KeyboardInterrupt
+
+    def break_down(call: str, path: str) -> None:
+        if call == "list" and any(path.endswith(MANIFEST) for path in bucket.objects):
+            asked.append(call)
+            with contextlib.suppress(KeyboardInterrupt):
+                uploader.finish(interrupt)
+        if asked:
+            asked.append(call)
+            raise OSError(errno.ECONNREFUSED, "the network is down", path)
+
+    save_steps(local, 1)
+    asked: list[str] = []
+    bucket = Bucket(break_down)
+    keepers = keepers_of(LocalStore(str(local)), bucket)
+    uploader = Uploader(*keepers, UploadOptions(), lambda *_, **__: None, lambda *_: None, lambda: 0.0)
+    uploader.wake()
+    assert uploader.wait(60)
+    assert asked == ["list", "list"]
 
 
 def test_objects_in_flight_stay_within_their_bound(local: pathlib.Path) -> None:
@@ -605,6 +763,52 @@ def test_a_failed_upload_is_told_as_a_failed_save_is_and_tried_again(
     assert_whole(bucket, [1, 2, 3])
 
 
+def test_whatever_an_upload_fails_by_is_told(local: pathlib.Path) -> None:
+    def refuse(call: str, path: str) -> None:
+        if call == "put":
+            raise MemoryError("for an object")
+
+    manager = CheckpointManager(local, upload_to=Bucket(refuse), upload=ONCE)
+    manager.save(1, tree_of(1)).wait()
+    with pytest.raises(jaxckpt.WriteError, match=r"step 1 is not uploaded .* MemoryError: for an object"):
+        manager.close()
+
+
+@pytest.mark.parametrize("max_to_keep", [1, 5])
+def test_what_cut_off_uploads_left_does_not_fill_the_second_tier(
+    local: pathlib.Path, max_to_keep: int
+) -> None:
+    """Room for two steps and a bit, some of which a step has that could not be sent whole."""
+    room_bytes = [1 << 60]
+
+    def refuse(call: str, path: str) -> None:
+        if call == "put" and sum(map(len, bucket.objects.values())) > room_bytes[0]:
+            raise OSError(errno.ENOSPC, "no space is left", path)
+
+    def large_tree(step: int) -> dict[str, Any]:
+        return {"w": np.full(100_000, step, np.uint8), "v": np.full(100_000, step, np.uint8)}
+
+    bucket = Bucket(refuse)
+    arguments: dict[str, Any] = {
+        "max_to_keep": max_to_keep,
+        "upload_to": bucket,
+        "upload": UploadOptions(attempts=1, max_to_keep=1, waiting_max=0),
+        "options": SaveOptions(pack_bytes_max=0),
+    }
+    with CheckpointManager(local, **arguments) as manager:
+        manager.save(1, large_tree(1))
+        manager.wait()
+        room_bytes[0] = 310_000  # which the third of these objects exceeds
+        for step in (2, 3):
+            manager.save(step, large_tree(step)).wait()
+            with pytest.raises(jaxckpt.WriteError, match="no space is left"):
+                manager.wait()
+        room_bytes[0] = 410_000
+        manager.save(4, large_tree(4))
+    assert steps_in(bucket) == [4]
+    assert {path.partition("/")[0] for path in bucket.objects} == {name_of(4), "checkpoint.json"}
+
+
 def test_a_failure_that_nobody_has_seen_is_raised_at_the_end(local: pathlib.Path) -> None:
     manager = CheckpointManager(local, upload_to=Bucket(Outage(3)), upload=ONCE)
     manager.save(1, tree_of(1)).wait()
@@ -625,14 +829,8 @@ def test_a_failed_step_is_tried_again_with_growing_pauses_and_does_not_keep_the_
     ended: list[tuple[int, bool]] = []
     pauses_s: list[float] = []
     bucket = Bucket(refuse)
-    keepers = [
-        Keeper(
-            StepDirectory(store, "step_", 8), Retention(max_to_keep=None), lambda: 0.0, lambda *_, **__: None
-        )
-        for store in (LocalStore(str(local)), bucket)
-    ]
     uploader = Uploader(
-        *keepers,
+        *keepers_of(LocalStore(str(local)), bucket),
         UploadOptions(attempts=4),
         lambda *_, **__: None,
         lambda step, error: ended.append((step, error is None)),
