@@ -83,6 +83,8 @@ def open_store(path: str | os.PathLike[str] | Store) -> Store:
     if isinstance(path, Store):
         return path
     text = os.fspath(path)
+    if not text:  # a variable that is not set is not to mean the working directory
+        raise CheckpointError("the path of a checkpoint is empty")
     if "://" in text and not text.startswith("file://"):
         return open_bucket(text)
     schemes = "s3|gs|memory" if isinstance(path, str) else "[a-z0-9]+"

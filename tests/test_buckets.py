@@ -133,6 +133,14 @@ def test_a_url_that_became_a_path_is_refused(tmp_path: pathlib.Path) -> None:
         jaxckpt.save(pathlib.Path("s3://bucket/run"), small_tree())
 
 
+@pytest.mark.parametrize("use", [jaxckpt.open, jaxckpt.restore, jaxckpt.verify, jaxckpt.CheckpointManager])
+def test_an_empty_path_is_not_the_working_directory(use: Callable[[str], Any]) -> None:
+    with pytest.raises(jaxckpt.CheckpointError, match="is empty"):
+        jaxckpt.save("", small_tree())
+    with pytest.raises(jaxckpt.CheckpointError, match="is empty"):
+        use("")
+
+
 @pytest.mark.parametrize("name", ["plain", "a b", "100%", "50%25", "q?x=1", "h#1", "é~+'&<>", "run/"])
 def test_the_path_of_a_store_leads_to_it_again(name: str) -> None:
     child = open_store("memory://test_buckets/paths").child(name.rstrip("/"))
