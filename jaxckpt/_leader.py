@@ -30,6 +30,7 @@ Deliberately not here: what is decided (`_deciding`).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator
 from typing import Any, final
 
@@ -103,8 +104,25 @@ class Leader:
         with self.session(doing, (CheckpointError, NotFoundError)) as session:
             return _unpack(session.agree("answers", _pack(answer), decide_packed))
 
+    def do_together(self, doing: str, act: Callable[[], None], *, of_all: bool) -> None:
+        """Returns when process 0, or all processes, have done something, however long that takes.
+
+        Collective: all processes, but unless ``of_all`` process 0 waits for nobody.
+
+        Raises:
+          CoordinationError: A process failed. One that dies without a word ends the others by JAX's heartbeats.
+        """
+        with self.session(doing, (), timeout_s=math.inf) as session:
+            act()
+            if of_all:
+                session.agree("done", b"", lambda _: b"")
+            else:
+                session.tell("done", b"")
+
     @contextlib.contextmanager
-    def session(self, doing: str, shared_errors: tuple[type[CheckpointError], ...]) -> Generator[Session]:
+    def session(
+        self, doing: str, shared_errors: tuple[type[CheckpointError], ...], *, timeout_s: float | None = None
+    ) -> Generator[Session]:
         """Something that all processes do in the body; what one of them raises there is told to all.
 
         An error that is no `CheckpointError`, which is the caller's own, is raised as it is where it happened.
@@ -112,8 +130,10 @@ class Leader:
         Args:
           doing: As for `tell`; the directory is added.
           shared_errors: As for `Group.open_session`.
+          timeout_s: Another one than the leader's.
         """
-        session = self.group.open_session(f"{doing} {self._path!r}", self._timeout_s, shared_errors)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        session = self.group.open_session(f"{doing} {self._path!r}", timeout_s, shared_errors)
         try:
             yield session
         except BaseException as error:

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import time
@@ -48,7 +49,7 @@ from typing import Any, Literal, Self, final
 from ._background import Background, raise_last
 from ._config import SaveOptions
 from ._deciding import SaveCall, StepSaver
-from ._errors import CheckpointError, NotFoundError
+from ._errors import CheckpointError, CoordinationError, NotFoundError
 from ._events import CheckpointEvent, Events
 from ._keeping import Keeper, checked_step
 from ._leader import Leader
@@ -65,6 +66,8 @@ from ._storage import Store
 from ._store import open_store
 from ._terminal import ProgressBar
 from ._uploading import Uploader, UploadOptions
+
+_log = logging.getLogger("jaxckpt")
 
 
 @final
@@ -627,6 +630,8 @@ class CheckpointManager:
 
         To be called before the program ends: in an exit handler Python 3.12 starts no thread for another save.
 
+        In a group with a second tier all processes wait for the uploads of process 0; with ``local=True`` of all.
+
         Raises:
           CheckpointError: A save failed, or an upload, and neither `wait` nor `PendingSave.wait` has raised that yet.
 
@@ -637,7 +642,7 @@ class CheckpointManager:
         try:
             self.save_last()
         finally:
-            self._end()
+            self._end(is_together=True)
         raise_last([pending for pending in self._background.take_failures() if pending.is_unseen()])
 
     def save_last(self) -> PendingSave | None:
@@ -650,15 +655,31 @@ class CheckpointManager:
         """
         return self._saver.save_last()
 
-    def _end(self) -> None:
+    def _end(self, *, is_together: bool) -> None:
         try:
             self._background.wait_until_idle()
-            if self._uploader is not None:
-                self._uploader.finish(self._grace_left_s)
+            if is_together:
+                self._finish_uploads_together()
+            else:
+                self._finish_uploads()
         finally:  # an interrupt, too
             self._is_closed = True
             if self.preemption is not None:
                 self.preemption.uninstall()
+
+    def _finish_uploads(self) -> None:
+        if self._uploader is not None:
+            self._uploader.finish(self._grace_left_s)
+
+    def _finish_uploads_together(self) -> None:
+        """Those of all processes: JAX ends them all if one comes to the end of its program minutes before another."""
+        if self._leader is None or len(self._tiers) == 1:
+            self._finish_uploads()
+            return
+        try:
+            self._leader.do_together("finish uploads of", self._finish_uploads, of_all=self._is_local)
+        except CoordinationError as error:
+            _log.warning("the uploads of other processes are not waited for: %s", error)
 
     def _grace_left_s(self) -> float | None:
         """Seconds until the process is ended, as far as is known."""
@@ -677,7 +698,7 @@ class CheckpointManager:
         self._saver.forget_last()
         if self._leader is not None and not self._is_closed:
             self._leader.leave(error)  # the others may wait for this process
-        self._end()
+        self._end(is_together=False)
 
     # --- preemption and events --------------------------------------------------------------------------------
 
