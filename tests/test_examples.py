@@ -1,112 +1,132 @@
 """The examples of training loops, each run as a program of its own: killed, told to stop, and resumed.
 
-A run that nothing interrupts gives the losses that all others must have, bit for bit. The pipe through which a program
-prints is short, and is read a line at a time: a program that is far ahead of its reader waits in `print`, so that it is
-always still training when it is killed or told to stop.
+A run that nothing interrupts gives the losses that all others must have, bit for bit. The socket through which a run
+prints takes a few lines, and is read a line at a time: a run that is ahead of its reader waits in `print`, so that it
+is always still training when it is killed or told to stop.
+
+Most of the time of a run would go into imports. So one program imports an example, which touches no device, and forks
+all the runs of it.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import functools
+import dataclasses
 import importlib.util
 import itertools
 import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Iterator
+import textwrap
+from typing import Any
 
 import pytest
 
-from .helpers import ROOT
+from .helpers import ROOT, run_fork
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = {"jax": "jax", "nnx": "flax", "equinox": "equinox", "keras": "keras"}
 SAVE_EVERY = 5
-# A line has 48 bytes, so that a pipe of 4 KiB holds about 85: more steps than those and the ones that are read.
-STEPS = 120
-PIPE_BYTES = 4096
+# More than those that are read before the signals and those that are in a socket then, twice.
+STEPS = 50
 # A program takes some seconds; one that takes this long hangs.
 PROGRAM_TIMEOUT_S = 120
+
+# Runs an example as often as it is told to. A run has a directory, and either ends by itself or is sent a signal when it
+# has printed so many lines. The losses that each printed, and its exit code, are printed at the end.
+RUNS = """
+    import itertools, json, os, runpy, signal, socket, sys
+    import jax
+    from jax._src import xla_bridge
+
+    script, compiled, steps, save_every, runs = sys.argv[1:]
+    # All runs of an example compile the same: most of the time they would take.
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    example = runpy.run_path(script, run_name="example")
+    assert not xla_bridge.backends_are_initialized()
+
+    found = []
+    for directory, lines_before_signal, number in json.loads(runs):
+        reader, writer = socket.socketpair()
+        writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that there is
+        run = os.fork()
+        if run == 0:
+            os.dup2(writer.fileno(), 1)
+            reader.close()
+            writer.close()
+            sys.argv = [script, directory, "--steps", steps, "--save-every", save_every]
+            example["main"]()
+            sys.exit()  # as a program that has come to its end
+        writer.close()
+        with reader, reader.makefile("rb", buffering=0) as printed:
+            lines = [json.loads(line) for line in itertools.islice(printed, lines_before_signal)]
+            if number is not None:
+                os.kill(run, number)
+                # What is in the socket of a run that was killed may end in the middle of a line.
+                lines += [json.loads(line) for line in printed if number != signal.SIGKILL]
+        _, status = os.waitpid(run, 0)
+        found.append({"lines": lines, "exit_code": os.waitstatus_to_exitcode(status)})
+    print(json.dumps(found))
+"""
 
 Losses = dict[int, str]
 
 
-class Program:
-    """An example that runs."""
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The losses that the runs of an example printed, by their step, and their exit codes.
 
-    def __init__(self, process: subprocess.Popen[bytes], errors: pathlib.Path) -> None:
-        self._process = process
-        self._errors = errors
+    Attributes:
+      unbroken: From the start to the end.
+      again: Started when that had ended.
+      killed: Killed after some steps.
+      stopped: Resumed, and told to stop after some steps.
+      resumed: From there to the end.
+      exit_codes: Of these, in this order.
+    """
 
-    def read(self, count: int | None = None) -> Losses:
-        """The losses that it prints next, by their step: so many, or all to the end."""
-        assert self._process.stdout is not None
-        lines = [json.loads(line) for line in itertools.islice(self._process.stdout, count)]
-        assert count is None or len(lines) == count, f"it ended early:\n{self._errors.read_text()}"
-        steps = [line["step"] for line in lines]
-        assert all(after == before + 1 for before, after in itertools.pairwise(steps))
-        return {line["step"]: line["loss"] for line in lines}
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def assert_ends_with(self, code: int) -> None:
-        assert self._process.wait() == code, self._errors.read_text()
+    unbroken: Losses
+    again: Losses
+    killed: Losses
+    stopped: Losses
+    resumed: Losses
+    exit_codes: list[int]
 
 
-@contextlib.contextmanager
-def running(example: str, directory: pathlib.Path) -> Iterator[Program]:
-    environment = dict(os.environ)
-    environment.pop("XLA_FLAGS", None)
-    environment["JAX_PLATFORMS"] = "cpu"
-    environment["PYTHONPATH"] = str(ROOT)
-    environment["KERAS_HOME"] = str(directory.parent / "keras")
-    # Five runs of each example compile the same: most of the time they take.
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(_compiled())
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    script = ROOT / "examples" / f"loop_{example}.py"
-    command = [sys.executable, script, directory, "--steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
-    errors = directory.parent / "errors.txt"
-    with errors.open("wb") as stderr:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=stderr, bufsize=0, pipesize=PIPE_BYTES
-        )
-    timer = threading.Timer(PROGRAM_TIMEOUT_S, process.kill)
-    timer.start()
-    try:
-        with process:
-            try:
-                yield Program(process, errors)
-            finally:
-                process.kill()
-    finally:
-        timer.cancel()
-        timer.join()
+@pytest.fixture(scope="module", params=EXAMPLES)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    package = EXAMPLES[request.param]
+    # Not imported: Keras would choose a backend for this process.
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    folder = tmp_path_factory.mktemp(request.param)
+    unbroken, broken = str(folder / "unbroken"), str(folder / "broken")
+    orders = [
+        (unbroken, None, None),
+        (unbroken, None, None),
+        (broken, 17, signal.SIGKILL),
+        (broken, 7, signal.SIGTERM),
+        (broken, None, None),
+    ]
+    script = ROOT / "examples" / f"loop_{request.param}.py"
+    program = f"import os\nos.environ['KERAS_HOME'] = {str(folder)!r}\n" + textwrap.dedent(RUNS)
+    result = run_fork(
+        program, script, folder / "compiled", STEPS, SAVE_EVERY, json.dumps(orders), timeout_s=PROGRAM_TIMEOUT_S
+    )
+    found = json.loads(result.stdout)
+    return Runs(*(losses_of(each["lines"]) for each in found), [each["exit_code"] for each in found])
 
 
-@functools.cache
-def _compiled() -> pathlib.Path:
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxckpt-compiled-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def run_to_the_end(example: str, directory: pathlib.Path) -> Losses:
-    with running(example, directory) as program:
-        losses = program.read()
-        program.assert_ends_with(0)
-    return losses
+def losses_of(lines: list[dict[str, Any]]) -> Losses:
+    steps = [line["step"] for line in lines]
+    assert all(after == before + 1 for before, after in itertools.pairwise(steps))
+    return {line["step"]: line["loss"] for line in lines}
 
 
 def assert_part_of(part: Losses, whole: Losses) -> None:
@@ -115,67 +135,34 @@ def assert_part_of(part: Losses, whole: Losses) -> None:
     assert differing == []
 
 
-@pytest.fixture(scope="module", params=EXAMPLES)
-def example(request: pytest.FixtureRequest) -> str:
-    package = EXAMPLES[request.param]
-    # Not imported: Keras would choose a backend for this process.
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def unbroken(example: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Losses]:
-    """A directory in which a run came to its end, and the losses that it printed."""
-    directory = tmp_path_factory.mktemp(f"unbroken_{example}") / "run"
-    return directory, run_to_the_end(example, directory)
-
-
 # --- an unbroken run ------------------------------------------------------------------------------------------
 
 
-def test_the_model_learns(unbroken: tuple[pathlib.Path, Losses]) -> None:
-    _, losses = unbroken
-    assert list(losses) == list(range(1, STEPS + 1))
-    values = [float.fromhex(loss) for loss in losses.values()]
+def test_the_model_learns(runs: Runs) -> None:
+    assert list(runs.unbroken) == list(range(1, STEPS + 1))
+    values = [float.fromhex(loss) for loss in runs.unbroken.values()]
     assert statistics.mean(values[-10:]) < 0.6 * statistics.mean(values[:10])
 
 
-def test_a_finished_run_has_nothing_left_to_do(example: str, unbroken: tuple[pathlib.Path, Losses]) -> None:
-    directory, _ = unbroken
-    assert run_to_the_end(example, directory) == {}
+def test_a_finished_run_has_nothing_left_to_do(runs: Runs) -> None:
+    assert runs.again == {}
 
 
 # --- a run that is killed, resumed and told to stop, and resumed again ------------------------------------------
 
 
-def test_a_run_that_is_killed_and_one_that_is_told_to_stop_resume_with_the_same_losses(
-    example: str, unbroken: tuple[pathlib.Path, Losses], tmp_path: pathlib.Path
-) -> None:
-    _, losses = unbroken
-    directory = tmp_path / "run"
-
-    with running(example, directory) as program:
-        killed = program.read(17)
-        program.send(signal.SIGKILL)
-        program.assert_ends_with(-signal.SIGKILL)
-    assert_part_of(killed, losses)
-
-    with running(example, directory) as program:
-        stopped = program.read(7)
-        program.send(signal.SIGTERM)
-        stopped |= program.read()
-        program.assert_ends_with(0)
-    assert_part_of(stopped, losses)
+def test_a_run_that_is_killed_and_one_that_is_told_to_stop_resume_with_the_same_losses(runs: Runs) -> None:
+    assert runs.exit_codes == [0, 0, -signal.SIGKILL, 0, 0]
+    assert list(runs.killed) == list(range(1, 18))
+    assert_part_of(runs.killed, runs.unbroken)
+    assert_part_of(runs.stopped, runs.unbroken)
     # The save of step 10 was finished before that of step 15 could begin.
-    resumed_from = min(stopped) - 1
+    resumed_from = min(runs.stopped) - 1
     assert resumed_from >= 10
     assert resumed_from % SAVE_EVERY == 0
-    assert max(stopped) < STEPS
-
-    resumed = run_to_the_end(example, directory)
-    assert_part_of(resumed, losses)
-    assert list(resumed) == list(range(max(stopped) + 1, STEPS + 1))
+    assert resumed_from + 7 <= max(runs.stopped) < STEPS
+    assert_part_of(runs.resumed, runs.unbroken)
+    assert list(runs.resumed) == list(range(max(runs.stopped) + 1, STEPS + 1))
 
 
 # --- several processes ----------------------------------------------------------------------------------------
