@@ -27,7 +27,6 @@ from benchmarks.study import (
     MIB,
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     describe_storage,
     make_row,
     normal_values,
@@ -159,10 +158,9 @@ def run(settings: StudySettings, size: Size | None = None) -> list[StudyResult]:
 
 def _study(settings: StudySettings, directory: Path, size: Size) -> StudyResult:
     call = functools.partial(
-        call_in_fresh_process,
+        settings.call,
         measure_operation,
         devices=DEVICES,
-        timeout_s=settings.timeout_s,
         size=dataclasses.asdict(size),
     )
     with scratch_in(directory) as scratch:

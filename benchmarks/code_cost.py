@@ -17,7 +17,6 @@ from benchmarks.study import (
     StudyError,
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     least_of_orbax,
     make_row,
     take_turns,
@@ -96,7 +95,7 @@ def _imports(settings: StudySettings, names: list[str]) -> StudyResult:
 
 def _paths(settings: StudySettings, names: list[str]) -> StudyResult:
     def trace_one(name: str, _: int) -> dict[str, Any]:
-        return call_in_fresh_process(path_length.trace, timeout_s=settings.timeout_s, name=name)
+        return settings.call(path_length.trace, name=name)
 
     answers, notes = take_turns(names, 1, trace_one)
     rows = {name: make_row("one small save and restore", name, each) for name, each in answers.items()}

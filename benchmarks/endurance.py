@@ -26,7 +26,6 @@ from benchmarks.study import (
     MIB,
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     describe_storage,
     make_row,
     resident_bytes_here,
@@ -113,9 +112,8 @@ def run(
 def _study(settings: StudySettings, directory: Path, size: Size, names: tuple[str, ...]) -> StudyResult:
     def measure_one(name: str, _: int) -> dict[str, Any]:
         with scratch_in(directory) as scratch:
-            return call_in_fresh_process(
+            return settings.call(
                 measure_saves,
-                timeout_s=settings.timeout_s,
                 name=name,
                 directory=str(scratch),
                 **dataclasses.asdict(size),

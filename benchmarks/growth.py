@@ -28,7 +28,6 @@ from typing import Any
 from benchmarks.study import (
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     describe_storage,
     growth_exponent,
     make_row,
@@ -140,10 +139,9 @@ def _study(
     def measure_one(subject: str, _: int) -> dict[str, float]:
         arguments = sizes[subjects[subject]]
         with scratch_in(directory) as scratch:
-            return call_in_fresh_process(
+            return settings.call(
                 measure_tree,
                 devices=arguments["device_count"],
-                timeout_s=settings.timeout_s,
                 directory=str(scratch),
                 **arguments,
             )

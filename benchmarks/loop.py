@@ -29,7 +29,6 @@ from typing import Any
 from benchmarks.study import (
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     describe_storage,
     least_of_orbax,
     make_row,
@@ -335,9 +334,8 @@ def _loop(
 
     def measure_one(name: str, _: int) -> dict[str, float]:
         with scratch_in(directory) as scratch:
-            return call_in_fresh_process(
+            return settings.call(
                 measure_loop,
-                timeout_s=settings.timeout_s,
                 name=name,
                 directory=str(scratch),
                 leaf_count=leaf_count,
@@ -370,9 +368,8 @@ def _calls(settings: StudySettings, directory: Path, size: Size, names: tuple[st
     for leaf_count, leaf_bytes in size.calls:
         for name in ("jaxckpt save_async", "jaxckpt manager"):
             subjects[f"{name}, {leaf_count:,} leaves of {leaf_bytes} bytes"] = functools.partial(
-                call_in_fresh_process,
+                settings.call,
                 measure_calls,
-                timeout_s=settings.timeout_s,
                 name=name,
                 leaf_count=leaf_count,
                 leaf_bytes=leaf_bytes,
@@ -380,9 +377,7 @@ def _calls(settings: StudySettings, directory: Path, size: Size, names: tuple[st
             )
     for name in ("jaxckpt manager", "orbax-v0 manager"):
         if name in names:
-            subjects[f"{name}, not due"] = functools.partial(
-                call_in_fresh_process, measure_idle_call, timeout_s=settings.timeout_s, name=name
-            )
+            subjects[f"{name}, not due"] = functools.partial(settings.call, measure_idle_call, name=name)
 
     def measure_one(name: str, _: int) -> dict[str, float]:
         with scratch_in(directory) as scratch:

@@ -25,7 +25,6 @@ from benchmarks.study import (
     MIB,
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     describe_storage,
     make_row,
     resident_bytes_here,
@@ -216,10 +215,9 @@ def _measure_state(
     with scratch_in(directory) as scratch:
         for operation in OPERATIONS:
             path = scratch / ("save_async" if operation == "save_async" else "save")
-            found[operation] = call_in_fresh_process(
+            found[operation] = settings.call(
                 measure_operation,
                 devices=state.devices,
-                timeout_s=settings.timeout_s,
                 operation=operation,
                 path=str(path),
                 state=dataclasses.asdict(state),

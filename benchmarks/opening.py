@@ -11,7 +11,6 @@ and the newest one. All steps are copies of one, which is how a file system sees
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 import statistics
 import time
@@ -23,7 +22,6 @@ from benchmarks import contenders, measure
 from benchmarks.study import (
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     describe_storage,
     least_of_orbax,
     make_row,
@@ -191,7 +189,6 @@ def run(
 
 
 def _opening(settings: StudySettings, directory: Path, size: Size, names: list[str]) -> StudyResult:
-    call = functools.partial(call_in_fresh_process, timeout_s=settings.timeout_s)
     large = f"jaxckpt, {size.leaves_large:,} leaves"
     subjects = {f"{name}, {size.leaves:,} leaves": (name, size.leaves) for name in names}
     subjects[large] = ("jaxckpt", size.leaves_large)
@@ -200,13 +197,13 @@ def _opening(settings: StudySettings, directory: Path, size: Size, names: list[s
 
         def save(subject: str, _: int) -> dict[str, Any]:
             name, leaf_count = subjects[subject]
-            call(save_leaves, contender=name, path=places[subject], leaf_count=leaf_count)
+            settings.call(save_leaves, contender=name, path=places[subject], leaf_count=leaf_count)
             return {}
 
         def measure_one(subject: str, _: int) -> dict[str, Any]:
             name, leaf_count = subjects[subject]
             measure.warm(Path(places[subject]))
-            return call(open_leaves, contender=name, path=places[subject], leaf_count=leaf_count)
+            return settings.call(open_leaves, contender=name, path=places[subject], leaf_count=leaf_count)
 
         saved, absent = take_turns(list(subjects), 1, save)
         answers, notes = take_turns(list(saved), settings.repeat, measure_one)
@@ -234,19 +231,18 @@ def _opening(settings: StudySettings, directory: Path, size: Size, names: list[s
 
 
 def _listing(settings: StudySettings, directory: Path, size: Size, names: list[str]) -> StudyResult:
-    call = functools.partial(call_in_fresh_process, timeout_s=settings.timeout_s)
     with scratch_in(directory) as scratch:
 
         def save(name: str, _: int) -> dict[str, Any]:
             place = scratch / name
-            call(save_step, lister=name, directory=str(place))
+            settings.call(save_step, lister=name, directory=str(place))
             (first,) = (entry for entry in place.iterdir() if entry.is_dir())
             for step in range(1, size.steps):
                 shutil.copytree(first, place / _name_of_step(first.name, step))
             return {}
 
         def measure_one(name: str, _: int) -> dict[str, Any]:
-            return call(list_steps, lister=name, directory=str(scratch / name), steps=size.steps)
+            return settings.call(list_steps, lister=name, directory=str(scratch / name), steps=size.steps)
 
         saved, absent = take_turns(names, 1, save)
         answers, notes = take_turns(list(saved), settings.repeat, measure_one)

@@ -24,7 +24,6 @@ from benchmarks.study import (
     MIB,
     StudyResult,
     StudySettings,
-    call_in_fresh_process,
     describe_storage,
     least_of_orbax,
     make_row,
@@ -169,9 +168,7 @@ def run(
 
 
 def _study(settings: StudySettings, directory: Path, size: Size, names: tuple[str, ...]) -> StudyResult:
-    call = functools.partial(
-        call_in_fresh_process, timeout_s=settings.timeout_s, size=dataclasses.asdict(size)
-    )
+    call = functools.partial(settings.call, size=dataclasses.asdict(size))
     rows: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     caches = ["warm"] if measure.is_in_memory(directory) else ["cold", "warm"]

@@ -4,7 +4,7 @@ A study answers a question that the tree workloads of `run` do not ask: what a t
 a partial read fetches, whether the two-hundredth save costs what the twentieth did. It is a function of `StudySettings`
 that returns tables of numbers; `studies` lists all of them.
 
-Whatever is measured runs in a process of its own (`call_in_fresh_process`), and the contenders take turns in a new
+Whatever is measured runs in a process of its own (`StudySettings.call`), and the contenders take turns in a new
 random order in each repetition (`take_turns`), so that neither what one of them leaves behind nor the hour of the day
 favours another. A peer that is not installed, or fails, is left out with a note that says why; a failure of jaxckpt
 ends the study.
@@ -56,6 +56,10 @@ class StudySettings:
     directories: tuple[Path, ...]
     repeat: int
     timeout_s: float
+
+    def call(self, function: Callable[..., Any], *, devices: int = 1, **arguments: Any) -> Any:
+        """Measures with a function in a process of its own: `call_in_fresh_process`."""
+        return call_in_fresh_process(function, timeout_s=self.timeout_s, devices=devices, **arguments)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -245,8 +245,10 @@ def job(directory: Path, logs: Path, process_count: int, device_count: int) -> I
     """The processes of one job, which are ended when the block is left, whatever happens."""
     port = free_port()
     environment = dict(os.environ)
-    environment.pop("XLA_FLAGS", None)
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(device_count)}
+    environment.pop("JAX_NUM_CPU_DEVICES", None)
+    # The flag that is given last counts.
+    flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={device_count}"
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     processes: list[Process] = []
     try:
         for index in range(process_count):

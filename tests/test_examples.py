@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 from .helpers import ROOT, run_fork
+from .processes import xla_flags
 
 pytestmark = pytest.mark.slow
 
@@ -35,10 +36,10 @@ SAVE_EVERY = 5
 # More than those that are read before the signals and those that are in a socket then, twice.
 STEPS = 50
 # A program takes some seconds; one that takes this long hangs.
-PROGRAM_TIMEOUT_S = 120
+PROGRAM_TIMEOUT_S = 280
 
-# Runs an example as often as it is told to. A run has a directory, and either ends by itself or is sent a signal when it
-# has printed so many lines. The losses that each printed, and its exit code, are printed at the end.
+# Runs an example as often as it is told to. A run has a directory, and ends by itself or is sent a signal when it has
+# printed so many lines. The losses that each printed, and its exit code, are printed at the end.
 RUNS = """
     import itertools, json, os, runpy, signal, socket, sys
     import jax
@@ -117,7 +118,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     script = ROOT / "examples" / f"loop_{request.param}.py"
     program = f"import os\nos.environ['KERAS_HOME'] = {str(folder)!r}\n" + textwrap.dedent(RUNS)
     result = run_fork(
-        program, script, folder / "compiled", STEPS, SAVE_EVERY, json.dumps(orders), timeout_s=PROGRAM_TIMEOUT_S
+        program,
+        script,
+        folder / "compiled",
+        STEPS,
+        SAVE_EVERY,
+        json.dumps(orders),
+        timeout_s=PROGRAM_TIMEOUT_S,
     )
     found = json.loads(result.stdout)
     return Runs(*(losses_of(each["lines"]) for each in found), [each["exit_code"] for each in found])
@@ -170,8 +177,7 @@ def test_a_run_that_is_killed_and_one_that_is_told_to_stop_resume_with_the_same_
 
 def test_a_job_of_four_processes_that_lost_one_goes_on_with_two() -> None:
     """The example compares every shard itself, and ends whatever it started."""
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = str(ROOT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     script = ROOT / "examples" / "multiprocess.py"
     result = subprocess.run(
         [sys.executable, script],
@@ -191,8 +197,7 @@ def test_a_job_of_four_processes_that_lost_one_goes_on_with_two() -> None:
 
 def test_a_process_without_the_code_of_the_model_goes_on_with_the_same_losses() -> None:
     script = ROOT / "examples" / "run_without_model.py"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     result = subprocess.run(
         [sys.executable, script],
         env=environment,

@@ -37,7 +37,8 @@ from .test_many_processes import global_mesh, place
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-KNOWN_WITHIN_S = 5.0
+# Far from the deadlines of the saves, and from what a busy machine takes.
+KNOWN_WITHIN_S = 20.0
 OPTIONS = jaxckpt.SaveOptions(pack_bytes_max=4096, io_threads=1, timeout_s=60)
 
 
@@ -180,7 +181,7 @@ def failing_array() -> jax.Array:
     shape = jax.ShapeDtypeStruct((8,), np.float32)
     fail = jax.jit(lambda x: jax.pure_callback(refuse, shape, x)).lower(shape).compile()
     # A call whose arguments are there runs at once, and raises.
-    busy = jax.jit(lambda x: (x @ x @ x @ x)[0, :8])(np.ones((2000, 2000), np.float32))
+    busy = jax.jit(lambda x: (x @ x @ x @ x)[0, :8])(np.ones((1000, 1000), np.float32))
     whole = make_tree()["small"]
     return jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, [fail(busy)])
 
@@ -225,7 +226,7 @@ def save_in_background(**arguments: Any) -> None:
 
 
 def test_a_mistake_in_one_process_is_told_to_all_and_the_next_save_works(path: pathlib.Path) -> None:
-    by_process = returned(run_processes(make_mistakes, 3, timeout_s=30, arguments=(str(path),)))
+    by_process = returned(run_processes(make_mistakes, 3, timeout_s=120, arguments=(str(path),)))
     endings = zip(*by_process, strict=True)
     for place_, (name, (_, text)) in enumerate(MISTAKES.items()):
         for process in (place_ % 3, (place_ + 1) % 3):
@@ -254,7 +255,7 @@ def exceed_the_limit(worker: Worker, path: str) -> Ending:
 
 
 def test_a_file_that_may_not_grow_in_one_process_is_told_to_all(path: pathlib.Path) -> None:
-    endings = returned(run_processes(exceed_the_limit, 4, timeout_s=30, arguments=(str(path),)))
+    endings = returned(run_processes(exceed_the_limit, 4, timeout_s=120, arguments=(str(path),)))
     assert_all_know(endings, 1, "OSError: [Errno 27] File too large", "nothing was committed")
     assert_is_saved(path, 2, 4)
 
@@ -313,7 +314,7 @@ def test_whichever_call_storage_refuses_all_know_and_nothing_is_committed(
     path: pathlib.Path, process: int
 ) -> None:
     path.mkdir()
-    by_process = returned(run_processes(refuse_each, 3, timeout_s=30, arguments=(str(path), process)))
+    by_process = returned(run_processes(refuse_each, 3, timeout_s=120, arguments=(str(path), process)))
     count = len(by_process[0])
     assert count > (15 if process == 0 else 5)
     late = refused = 0
@@ -571,7 +572,7 @@ def different_processes(place_: int) -> tuple[int, ...]:
 
 def test_processes_that_pass_different_things_hear_who_differs_and_where(path: pathlib.Path) -> None:
     path.mkdir()
-    by_process = returned(run_processes(differ, 3, timeout_s=30, arguments=(str(path),)))
+    by_process = returned(run_processes(differ, 3, timeout_s=120, arguments=(str(path),)))
     for place_, endings in enumerate(zip(*by_process, strict=True)):
         name = list(DIFFERENCES)[place_]
         _, key, there, elsewhere = DIFFERENCES[name]
@@ -606,7 +607,7 @@ def save_elsewhere(worker: Worker, path: str) -> Ending:
 
 
 def test_processes_that_do_not_share_a_file_system_are_told_so(path: pathlib.Path) -> None:
-    endings = returned(run_processes(save_elsewhere, 3, timeout_s=30, arguments=(str(path),)))
+    endings = returned(run_processes(save_elsewhere, 3, timeout_s=120, arguments=(str(path),)))
     for ending in endings:
         error = ending.error
         assert isinstance(error, jaxckpt.CoordinationError)
@@ -777,7 +778,7 @@ def test_the_death_of_a_process_ends_the_others_and_loses_nothing(path: pathlib.
     blows = [Blow(phase, victim, number) for number in (signal.SIGKILL, signal.SIGSTOP) for phase in PHASES]
     found = strike(path, blows, 2, timeout_s=60, heartbeat_s=HEARTBEAT_S)
     for blow, ((seconds, ending),) in found.items():
-        assert seconds < HEARTBEAT_S + 5, blow
+        assert seconds < HEARTBEAT_S + KNOWN_WITHIN_S, blow
         if victim == 1 and blow.phase == "manifest":  # it was not needed any more
             assert ending is not None
             assert ending.error is None

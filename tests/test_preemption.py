@@ -6,22 +6,23 @@ of the test lies, so that a failing test does not end pytest. jax's preemption s
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import threading
+import time
 import timeit
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from jaxckpt._preemption import Preemption
 
 from .helpers import ROOT, run_fork, run_program
+from .processes import Worker, start_processes, start_program
 
 pytestmark = pytest.mark.slow
 
@@ -74,27 +75,24 @@ def test_sigterm_does_not_kill_and_is_seen_at_the_next_step() -> None:
     assert run_fork(program).stdout.split() == ["4", "True", "True"]
 
 
-def test_sigterm_during_a_sleep_of_another_process_is_seen() -> None:
-    program = """
-        import sys, time
-        from jaxckpt._preemption import Preemption
+def sleep_until_told(worker: Worker) -> str:
+    preemption = Preemption()
+    preemption.install()
+    worker.send("ready")
+    step = 0
+    while not preemption.is_requested(step):
+        time.sleep(0.01)
+        step += 1
+    return "saved"
 
-        preemption = Preemption()
-        preemption.install()
-        print("ready", flush=True)
-        step = 0
-        while not preemption.is_requested(step):
-            time.sleep(0.01)
-            step += 1
-        print("saved", flush=True)
-    """
-    with start(program) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        output, errors = finish(process)
-    assert (process.returncode, output) == (0, "saved\n"), errors
-    assert "SIGTERM announced that this process ends soon; seen at step" in errors
+
+def test_sigterm_during_a_sleep_of_another_process_is_seen() -> None:
+    with start_processes(sleep_until_told, 1) as group:
+        assert group.receive(0) == "ready"
+        group.send_signal(0, signal.SIGTERM)
+        (outcome,) = group.wait(60)
+    assert outcome.value == "saved", outcome
+    assert "SIGTERM announced that this process ends soon; seen at step" in outcome.output
 
 
 def test_after_uninstall_sigterm_kills_again() -> None:
@@ -424,26 +422,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(program: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout_s: float = 90) -> tuple[str, str]:
-    """Output and errors of a process that must end by itself."""
-    try:
-        return process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, errors = process.communicate(timeout=30)
-        raise AssertionError(f"the process did not end:\n{output}\n{errors}") from None
+def run_all(source: str, *arguments: Sequence[object]) -> list[subprocess.CompletedProcess[str]]:
+    """Runs one program with each of these arguments, all at once: most of their time is that of the service's looks."""
+    with contextlib.ExitStack() as stack:
+        programs = [stack.enter_context(start_program(source, *each, devices=1)) for each in arguments]
+        return [program.wait(90) for program in programs]
 
 
 # A program's own loop; `steps()` gives up after a time in which the service answers many times over.
@@ -466,10 +449,7 @@ LOOP = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize(
-    "order", ["install first", "initialize first", "install only before", "never installed"]
-)
-def test_jaxs_service_keeps_sigterm_and_tells_the_loop(order: str) -> None:
+def test_jaxs_service_keeps_sigterm_and_tells_the_loop() -> None:
     program = """
         order = sys.argv[2]
         preemption = Preemption(grace_s=30)
@@ -495,13 +475,15 @@ def test_jaxs_service_keeps_sigterm_and_tells_the_loop(order: str) -> None:
         print("alive", flush=True)
         jax.distributed.shutdown()
     """
-    result = run_fork(LOOP + textwrap.dedent(program), free_port(), order)
-    assert result.stdout.split() == ["True", "True", "True", "alive"], result.stderr
-    assert "jax's preemption service announced" in result.stderr
+    orders = ["install first", "initialize first", "install only before", "never installed"]
+    results = run_all(LOOP + textwrap.dedent(program), *((free_port(), order) for order in orders))
+    for order, result in zip(orders, results, strict=True):
+        assert result.returncode == 0, (order, result.stderr)
+        assert result.stdout.split() == ["True", "True", "True", "alive"], (order, result.stderr)
+        assert "jax's preemption service announced" in result.stderr, order
 
 
-@pytest.mark.parametrize(("first", "by"), [(1000, 10), (2**31 - 5, 1), (500, -1)])
-def test_the_service_answers_whatever_the_steps_are(first: int, by: int) -> None:
+def test_the_service_answers_whatever_the_steps_are() -> None:
     program = """
         initialize()
         # No step has been asked for when the signal comes, and every later object shares the counter.
@@ -513,8 +495,11 @@ def test_the_service_answers_whatever_the_steps_are(first: int, by: int) -> None
                 break
         print(abs(step - int(sys.argv[2])) <= 100 * abs(int(sys.argv[3])), Preemption().is_requested(0))
     """
-    result = run_fork(LOOP + textwrap.dedent(program), free_port(), first, by)
-    assert result.stdout.split() == ["True", "True"], result.stderr
+    steps = [(1000, 10), (2**31 - 5, 1), (500, -1)]
+    results = run_all(LOOP + textwrap.dedent(program), *((free_port(), first, by) for first, by in steps))
+    for (first, by), result in zip(steps, results, strict=True):
+        assert result.returncode == 0, (first, by, result.stderr)
+        assert result.stdout.split() == ["True", "True"], (first, by, result.stderr)
 
 
 def test_two_objects_that_count_differently_both_get_the_answer() -> None:
@@ -608,34 +593,28 @@ TWO = LOOP + textwrap.dedent("""
 """)
 
 
-def run_two(way: str) -> list[tuple[int, str, str]]:
-    port = free_port()
-    with start(TWO, port, 0, way) as first, start(TWO, port, 1, way) as second:
-        processes = (first, second)
-        try:
-            finished = [finish(process) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    codes = [process.returncode for process in processes]
-    return [(code, output, errors) for code, (output, errors) in zip(codes, finished, strict=True)]
+def run_two(*ways: str) -> dict[str, list[subprocess.CompletedProcess[str]]]:
+    """Both processes of a job for each way."""
+    ports = [free_port() for _ in ways]
+    results = run_all(
+        TWO, *((port, rank, way) for port, way in zip(ports, ways, strict=True) for rank in (0, 1))
+    )
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    return {way: results[2 * place : 2 * place + 2] for place, way in enumerate(ways)}
 
 
-@pytest.mark.parametrize("way", ["SIGTERM", "SIGUSR1", "request"])
-def test_two_processes_stop_after_one_step_when_one_of_them_is_told(way: str) -> None:
-    (code, output, errors), (other_code, other_output, other_errors) = run_two(way)
-    assert (code, other_code) == (0, 0), errors + other_errors
-    assert output == other_output
-    step, is_requested = output.split()
-    assert int(step) > 1100
-    assert is_requested == "True"
-    assert "may stop after different steps" not in errors + other_errors
+def test_two_processes_stop_after_one_step_when_one_of_them_is_told() -> None:
+    for way, (first, second) in run_two("SIGTERM", "SIGUSR1", "request").items():
+        assert first.stdout == second.stdout, way
+        step, is_requested = first.stdout.split()
+        assert int(step) > 1100, way
+        assert is_requested == "True", way
+        assert "may stop after different steps" not in first.stderr + second.stderr, way
 
 
-@pytest.mark.parametrize("way", ["service off", "taken"])
-def test_two_processes_that_cannot_agree_are_warned(way: str) -> None:
-    (code, output, errors), (other_code, other_output, other_errors) = run_two(way)
-    assert (code, other_code) == (0, 0), errors + other_errors
-    assert (output, other_output) == ("1200 False\n", "1100 True\n")
-    assert "may stop after different steps" in other_errors
-    assert "may stop after different steps" not in errors
+def test_two_processes_that_cannot_agree_are_warned() -> None:
+    for way, (first, second) in run_two("service off", "taken").items():
+        assert (first.stdout, second.stdout) == ("1200 False\n", "1100 True\n"), way
+        assert "may stop after different steps" in second.stderr, way
+        assert "may stop after different steps" not in first.stderr, way
