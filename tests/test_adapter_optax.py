@@ -23,7 +23,6 @@ def make_params() -> dict[str, Any]:
 
 
 LABELS = {"dense": {"kernel": "adam", "bias": "sgd"}, "scale": "none"}
-# What tests/test_trees.py does not have.
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "parts_of_which_one_is_empty": lambda: optax.transforms.partition(
         {
@@ -51,6 +50,10 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "free_of_schedules": lambda: optax.contrib.schedule_free_adamw(1e-2),
     "muon": lambda: optax.contrib.muon(1e-2),
     "noise": lambda: optax.noisy_sgd(1e-2, key=jax.random.key(3)),
+    "factored_moments": lambda: optax.adafactor(1e-3),
+    "finite_steps": lambda: optax.apply_if_finite(optax.adam(1e-3), 3),
+    "history": lambda: optax.lbfgs(linesearch=None),
+    "schedule": lambda: optax.scale_by_schedule(lambda step: 0.5**step),
     "plateau": lambda: optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
 }
 

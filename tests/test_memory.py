@@ -190,7 +190,7 @@ def test_a_large_leaf_with_an_eighth_of_its_memory(
     [
         ("fortran", ("blocking", "pool")),
         ("strided", ("blocking", "pool")),
-        ("one row", ("blocking", "pool", "pinned")),
+        ("one row", ("pool", "pinned")),
         ("columns", ("blocking", "pool", "pinned")),
         ("pinned", ("pool", "pinned")),
         ("replicated", ("pool", "pinned")),
@@ -228,9 +228,9 @@ def test_sixty_saves_leave_nothing_behind(tmp_path: pathlib.Path, staging: str) 
 
         sharding = NamedSharding(make_mesh({"x": 4}), PartitionSpec("x"))
         state = {
-            "large": [jax.device_put(jnp.full((1024, 1024), number, jnp.float32), sharding) for number in range(6)],
+            "large": [jax.device_put(jnp.full((512, 512), number, jnp.float32), sharding) for number in range(6)],
             "small": [jnp.full((1000,), number) for number in range(100)],
-            "host": np.zeros((1024, 1024), order="F"),
+            "host": np.zeros((512, 512), order="F"),
         }
         step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
         options = jaxckpt.SaveOptions(staging=sys.argv[2])
@@ -247,7 +247,7 @@ def test_sixty_saves_leave_nothing_behind(tmp_path: pathlib.Path, staging: str) 
     """
     sizes: list[Any] = json.loads(run_fork(program, tmp_path / "a", staging, devices=4, timeout_s=200).stdout)
     memory, handles, threads = zip(*sizes, strict=True)
-    # Of what one save leaves behind for ever, a fifteenth would show.
+    # Of what one save leaves behind for ever, a fifth would show.
     assert max(memory[30:]) <= max(memory[5:15]) + 64 * MIB, [size // MIB for size in memory]
     assert set(handles[1:]) == {handles[-1]}
     assert set(threads) == {threads[-1]}

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import functools
 import gc
-import itertools
 import os
 import pathlib
 import threading
@@ -102,7 +101,7 @@ def assert_memory_is_given_back() -> None:
 
 @pytest.mark.parametrize(
     ("context", "host_bytes_max"),
-    [(None, 3 * MIB), *itertools.product([None, AxisType.Auto, AxisType.Explicit], [None, 2 * MIB])],
+    [(None, 2 * MIB), (None, 3 * MIB), (AxisType.Auto, 2 * MIB), (AxisType.Explicit, None)],
 )
 @pytest.mark.parametrize("staging", WAYS)
 def test_donating_steps_in_flight_do_not_disturb_it(
@@ -113,7 +112,7 @@ def test_donating_steps_in_flight_do_not_disturb_it(
     saves = []
     with jax.set_mesh(mesh) if context is not None else contextlib.nullcontext():
         state = make_state(mesh)
-        for step in range(1, 7):
+        for step in range(1, 5):
             state = add_one(state)
             if step % 2:
                 saves.append((step, jaxckpt.save_async(tmp_path / str(step), state, options=options)))
@@ -159,8 +158,10 @@ def test_leaves_of_many_sizes_and_cuts_with_little_memory(
     assert_memory_is_given_back()
 
 
-@pytest.mark.parametrize("pack_bytes_max", [0, 4 * MIB])
-@pytest.mark.parametrize("spec", [("x",), (None, "x"), ("y", "x"), (("x", "y"), None)])
+@pytest.mark.parametrize(
+    ("spec", "pack_bytes_max"),
+    [(("x",), 0), ((None, "x"), 0), ((None, "x"), 4 * MIB), (("y", "x"), 4 * MIB), ((("x", "y"), None), 0)],
+)
 @pytest.mark.parametrize("staging", WAYS)
 def test_shards_of_several_chunks_with_little_memory(
     path: pathlib.Path, staging: Any, spec: tuple[Any, ...], pack_bytes_max: int
@@ -323,7 +324,7 @@ def test_numpy_leaves_can_be_overwritten(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("host_bytes_max", CAPS)
+@pytest.mark.parametrize("host_bytes_max", [None, 2 * MIB])
 @pytest.mark.parametrize("staging", WAYS)
 def test_many_overlapping_saves(tmp_path: pathlib.Path, staging: Any, host_bytes_max: int | None) -> None:
     options = jaxckpt.SaveOptions(staging=staging, host_bytes_max=host_bytes_max)
@@ -486,8 +487,9 @@ def test_save_async_does_not_wait_for_storage(path: pathlib.Path, staging: Any) 
     assert values_in(jaxckpt.restore(path)) == {1.0}
 
 
-@pytest.mark.parametrize("context", [None, AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("staging", ["pinned", "device"])
+@pytest.mark.parametrize(
+    ("staging", "context"), [("pinned", None), ("pinned", AxisType.Explicit), ("device", AxisType.Auto)]
+)
 def test_the_ways_of_accelerators_do_not_wait_for_the_computation_in_flight(
     tmp_path: pathlib.Path, staging: Any, context: AxisType | None
 ) -> None:
