@@ -13,6 +13,7 @@ import os
 import pathlib
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -836,9 +837,7 @@ def test_with_jax_distributed(tmp_path: pathlib.Path, is_service_on: bool) -> No
 # --- overhead -------------------------------------------------------------------------------------------------
 
 
-def run_loop(
-    path: pathlib.Path, seconds: float, max_overhead: float | None
-) -> tuple[float, list[float], int]:
+def run_loop(path: pathlib.Path, seconds: float, max_overhead: float) -> tuple[float, list[float], int]:
     """A loop of steps of some milliseconds with a tree of 4 MB: its seconds, each save's blocked ones, its steps."""
     blocked_s: list[float] = []
 
@@ -868,19 +867,14 @@ def run_loop(
 
 def test_max_overhead_bounds_the_blocked_share_of_a_real_loop(tmp_path: pathlib.Path) -> None:
     """At most the share, and one save beyond it: the first has no credit, and any may be dearer than predicted."""
-    shares: dict[float | None, float] = {}
-    for max_overhead in (0.05, None):
-        took_s, blocked_s, steps = run_loop(
-            tmp_path / str(max_overhead), 0.5 if max_overhead is None else 1, max_overhead
-        )
-        shares[max_overhead] = sum(blocked_s) / took_s
-        listed = " ".join(f"{1e3 * one_s:.1f}" for one_s in blocked_s[:30])
-        print(
-            f"max_overhead={max_overhead}: {len(blocked_s)} saves of {steps} steps in {took_s:.2f} s, "
-            f"blocked {100 * shares[max_overhead]:.2f}% of the time, "
-            f"{100 * sum(blocked_s[1:]) / took_s:.2f}% without the first; milliseconds of each: {listed}"
-        )
-        assert len(blocked_s) > 1
-        if max_overhead is not None:
-            assert sum(blocked_s) <= max_overhead * took_s + max(blocked_s)
-    assert shares[None] > 2 * shares[0.05]
+    max_overhead = 0.05
+    took_s, blocked_s, steps = run_loop(tmp_path, 1, max_overhead)
+    listed = " ".join(f"{1e3 * one_s:.1f}" for one_s in blocked_s[:30])
+    print(
+        f"{len(blocked_s)} saves of {steps} steps in {took_s:.2f} s, blocked {100 * sum(blocked_s) / took_s:.2f}% "
+        f"of the time, {100 * sum(blocked_s[1:]) / took_s:.2f}% without the first; milliseconds of each: {listed}"
+    )
+    assert len(blocked_s) > 1
+    assert sum(blocked_s) <= max_overhead * took_s + max(blocked_s)
+    # A save at each step would have taken more.
+    assert statistics.median(blocked_s) * steps > max_overhead * took_s
