@@ -89,8 +89,7 @@ def restore_tree(worker: Worker, path: str) -> tuple[int, int]:
     return report.bytes_read, report.group_bytes_read
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_a_tree_is_saved_by_many_and_restored_by_others(path: pathlib.Path, count: int, devices: int) -> None:
     outcomes = run_processes(save_tree, count, devices=devices, arguments=(str(path),))
     assert [outcome.error_text for outcome in outcomes] == [""] * count
@@ -359,7 +358,7 @@ def restore_mixed(worker: Worker, path: str, columns: int) -> tuple[int, int]:
     return report.nbytes, report.group_bytes_read
 
 
-@pytest.mark.parametrize(("count", "devices", "columns"), [(2, 2, 2), (4, 1, 1), (4, 2, 4), (8, 1, 2)])
+@pytest.mark.parametrize(("count", "devices", "columns"), [(2, 2, 2), (4, 1, 1), (8, 1, 2)])
 def test_all_kinds_of_shardings_are_written_once_by_all_alike(
     path: pathlib.Path, count: int, devices: int, columns: int
 ) -> None:
@@ -388,13 +387,13 @@ def restore_rows(worker: Worker, path: str) -> tuple[int, int, int]:
     return report.nbytes, report.bytes_read, report.group_bytes_read
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_a_process_reads_what_its_devices_need(path: pathlib.Path, count: int) -> None:
+def test_a_process_reads_what_its_devices_need(path: pathlib.Path) -> None:
     check(run_processes(save_rows, 4, arguments=(str(path),)))
-    reports = check(run_processes(restore_rows, count, arguments=(str(path),)))
-    nbytes = reports[0][0]
-    assert sum(read for _, read, _ in reports) <= 1.1 * nbytes
-    assert {group for _, _, group in reports} == {sum(read for _, read, _ in reports)}
+    for count in (1, 2, 8):
+        reports = check(run_processes(restore_rows, count, arguments=(str(path),)))
+        nbytes = reports[0][0]
+        assert sum(read for _, read, _ in reports) <= 1.1 * nbytes
+        assert {group for _, _, group in reports} == {sum(read for _, read, _ in reports)}
 
 
 def save_staged(worker: Worker, path: str, staging: Any) -> None:

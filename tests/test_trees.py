@@ -291,8 +291,7 @@ def test_any_nest_of_dicts_lists_and_tuples_comes_back(tree):
         assert repr(restored) == repr(jax.tree.map(lambda leaf: leaf, tree))
 
 
-@pytest.mark.slow
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.lists(tuple_keys, min_size=1, max_size=3), min_size=2, max_size=6))
 def test_different_paths_have_different_keys(paths):
     """The key of a path does not depend on the rest of the tree, so chains of one-key dicts show all of them."""
