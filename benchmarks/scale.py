@@ -4,9 +4,9 @@
 
 Every process of a job plans the writing of the whole tree, process 0 encodes the manifest, and everybody decodes it
 when the job restores: work that more processes do not make less. The devices are plain objects: device d belongs to
-process d // DEVICES. Nothing is written. Each process is played in a new interpreter, so that no cache is filled. By
-workload and number of processes the first table shows what a process plans (the larger figure of the first and the
-last process), and the part that it writes:
+process d // DEVICES. Nothing is written, and no thread waits: seconds are those of the processor. Each process is
+played in a new interpreter, so that no cache is filled. By workload and number of processes the first table shows what
+a process plans (the larger figure of the first and the last process), and the part that it writes:
 
     plan_s       seconds for what it looks up of each leaf, the outline, the shares of all, and its own write plan
     plan_mib     resident memory that this takes at its highest, beyond that of the imports and the devices
@@ -271,12 +271,12 @@ def row(
     manifest = make_manifest(planned, part, process_count)
     _, decoding = measure.measure(lambda: parse_part(part, manifest, process))
     figures = {
-        "plan_s": planned.usage.seconds,
+        "plan_s": planned.usage.cpu_seconds,
         "plan_mib": planned.usage.peak_extra_bytes / MIB,
         "chunks": sum(len(share.owners) for share in planned.shares),
         "balance": float(loads.max() / loads.mean()),
         "part_kib": len(part) / 1024,
-        "part_s": encoding.seconds + decoding.seconds,
+        "part_s": encoding.cpu_seconds + decoding.cpu_seconds,
     }
     return figures | rows_of_manifest(manifest) if process == 0 else figures
 
@@ -289,12 +289,12 @@ def rows_of_manifest(manifest: Manifest) -> dict[str, float]:
     assert owned == int(parsed.chunk_starts[-1])
     return {
         "mib": len(data) / MIB,
-        "encode_s": encoding.seconds,
+        "encode_s": encoding.cpu_seconds,
         "encode_mib": encoding.peak_extra_bytes / MIB,
-        "decode_s": decoding.seconds,
+        "decode_s": decoding.cpu_seconds,
         "decode_mib": decoding.peak_extra_bytes / MIB,
         "columns": len(parsed.owners),
-        "rows_s": looking.seconds,
+        "rows_s": looking.cpu_seconds,
     }
 
 

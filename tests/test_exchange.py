@@ -151,8 +151,6 @@ PARTLY = {
     [
         (2, 2, 2, PARTLY, None),
         (4, 1, 1, COLUMNS, None),
-        (4, 2, 4, PARTLY, None),
-        (8, 1, 1, COLUMNS, ["rows", "replicated", "packed 1"]),
         (8, 2, 4, PARTLY, ["rows", "replicated", "odd rows"]),
     ],
 )

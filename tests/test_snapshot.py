@@ -77,9 +77,9 @@ def minus_two(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def add_one_slowly(state: dict[str, jax.Array], matrix: jax.Array) -> dict[str, jax.Array]:
-    """As `add_one`, after a computation that takes some tenths of a second."""
-    matrix = jax.lax.fori_loop(0, 20, lambda _, product: jnp.tanh(product @ product), matrix)
+def add_one_slowly(state: dict[str, jax.Array], matrix: jax.Array, rounds: int) -> dict[str, jax.Array]:
+    """As `add_one`, after a computation that takes some tenths of a second with 20 rounds."""
+    matrix = jax.lax.fori_loop(0, rounds, lambda _, product: jnp.tanh(product @ product), matrix)
     zero = 0 * matrix[0, 0]
     return {key: (leaf.astype(jnp.float32) + 1 + zero).astype(leaf.dtype) for key, leaf in state.items()}
 
@@ -497,10 +497,10 @@ def test_the_ways_of_accelerators_do_not_wait_for_the_computation_in_flight(
     options = jaxckpt.SaveOptions(staging=staging)
     with jax.set_mesh(mesh) if context is not None else contextlib.nullcontext():
         matrix = jnp.full((1000, 1000), 1e-3)
-        state = jax.block_until_ready(add_one_slowly(make_state(mesh), matrix))
+        state = jax.block_until_ready(add_one_slowly(make_state(mesh), matrix, 0))
         state = jax.block_until_ready(add_one(state))  # compiled, all of them
         jaxckpt.save_async(tmp_path / "warm", state, options=options).wait(60)
-        state = add_one_slowly(state, matrix)
+        state = add_one_slowly(state, matrix, 20)
         pending = jaxckpt.save_async(tmp_path / "measured", state, options=options)
         was_ready = any(leaf.is_ready() for leaf in state.values())
         state = add_one(state)
@@ -514,7 +514,7 @@ def test_the_ways_of_accelerators_do_not_wait_for_the_computation_in_flight(
 def test_the_pool_way_waits_for_the_values(path: pathlib.Path) -> None:
     """The control of the test above: its computation does take longer than a save."""
     mesh = mesh_of(AxisType.Auto, devices=1)
-    state = add_one_slowly(make_state(mesh), jnp.full((1000, 1000), 1e-3))
+    state = add_one_slowly(make_state(mesh), jnp.full((1000, 1000), 1e-3), 20)
     assert not any(leaf.is_ready() for leaf in state.values())
     pending = jaxckpt.save_async(path, state, options=jaxckpt.SaveOptions(staging="pool"))
     assert all(leaf.is_ready() for leaf in state.values())
