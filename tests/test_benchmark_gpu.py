@@ -26,7 +26,14 @@ FLAGS = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("orbax") is None, reason="compares with Orbax")
-def test_the_command_runs_end_to_end_on_cpu_devices(tmp_path: pathlib.Path) -> None:
+def test_the_command_runs_end_to_end_on_cpu_devices(
+    tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # Its parts run one after the other, and compile the same.
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     small = ["--state-gib", "0.01", "--saves", "1", "--growth-saves", "3"]
     result = subprocess.run(
         [
@@ -40,7 +47,7 @@ def test_the_command_runs_end_to_end_on_cpu_devices(tmp_path: pathlib.Path) -> N
             tmp_path / "results.json",
         ],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)} | compiled,
         capture_output=True,
         text=True,
         timeout=200,

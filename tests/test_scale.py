@@ -6,8 +6,6 @@ The figures are those of `benchmarks.scale`, which prints more of them, and how 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt._shardings import box_of, local_boxes, map_shards
 
-from .helpers import ROOT
+from .helpers import run_fork
 
 scale: Any = pytest.importorskip("benchmarks.scale")
 
@@ -30,13 +28,7 @@ SECONDS_MAX = {"plan_s": 5, "encode_s": 2, "decode_s": 2, "part_s": 2, "rows_s":
 @pytest.mark.parametrize("workload", ["sharded", "hsdp", "large", "mixed"])
 def test_the_plan_and_the_manifest_of_4096_processes_stay_within_their_bounds(workload: str) -> None:
     arguments = [workload, PROCESSES, DEVICES, LEAVES, 0]
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale", "--row", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        timeout=120,
-        check=True,
-    )
+    result = run_fork("from benchmarks.scale import main; main()", "--row", *arguments)
     figures = json.loads(result.stdout)
     bounds = MIB_MAX | SECONDS_MAX
     assert {name: figures[name] for name, most in bounds.items() if figures[name] > most} == {}
