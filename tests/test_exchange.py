@@ -151,7 +151,7 @@ PARTLY = {
     [
         (2, 2, 2, PARTLY, None),
         (4, 1, 1, COLUMNS, None),
-        (8, 2, 4, PARTLY, ["rows", "replicated", "odd rows"]),
+        (8, 2, 4, PARTLY, ["rows", "replicated"]),
     ],
 )
 def test_each_byte_is_read_once_whatever_the_shardings(
