@@ -539,6 +539,30 @@ def test_an_overwrite_replaces_files_of_any_number(
     assert "config.json" in files
 
 
+@pytest.mark.parametrize("after", [None, 10])
+def test_an_overwrite_deletes_no_file_that_it_wrote_and_none_without_tensors(
+    tmp_path: pathlib.Path, after: int | None
+):
+    """Some indexes name ``model.safetensors``, and a damaged one names anything."""
+    safetensors.write(tmp_path, {"v": np.zeros(3), "w": np.zeros(3)})
+    (tmp_path / "config.json").write_text("{}")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"v": "config.json", "w": "model.safetensors"}}))
+    new = {"v": np.ones(3, np.float32), "w": np.ones(3, np.float32)}
+    safetensors.write(tmp_path, new, overwrite=True, shard_bytes_max=after)
+    assert_same_tree(safetensors.read(tmp_path, like=new), new)
+    assert (tmp_path / "config.json").exists()
+    index.write_text("[" * 100_000)
+    safetensors.write(tmp_path, new, overwrite=True, shard_bytes_max=after)
+    assert_same_tree(safetensors.read(tmp_path, like=new), new)
+
+
+@pytest.mark.parametrize("shard_bytes_max", [0, -1])
+def test_shards_of_nothing_are_refused(tmp_path: pathlib.Path, shard_bytes_max: int):
+    with pytest.raises(ValueError, match="a number of bytes above 0"):
+        safetensors.write(tmp_path / "m", {"w": np.ones(3)}, shard_bytes_max=shard_bytes_max)
+
+
 @pytest.mark.parametrize("shard_bytes_max", [None, 1000])
 def test_a_write_that_storage_refuses_leaves_what_was_there(
     tmp_path: pathlib.Path, shard_bytes_max: int | None

@@ -8,6 +8,9 @@
 5. What the new files take the place of is deleted. A reader takes ``model.safetensors`` before an index, so that it
    finds the old tensors or the new ones, whichever of the two there were.
 
+Several files of which the writer is killed before the index stay, and no reader takes them for a checkpoint. No later
+write deletes them: they may be those of another writer.
+
 Deliberately not here: groups of processes; one process writes all, and refuses arrays of which it has only a part.
 """
 
@@ -91,7 +94,7 @@ def write(
       ExistsError: Such files are there, and ``overwrite`` is False.
       CorruptError: A leaf of an open checkpoint is damaged.
       WriteError: Storage refused a write.
-      ValueError: ``shard_bytes_max`` is given, and ``path`` is that of a file.
+      ValueError: ``shard_bytes_max`` is not above 0, or is given where ``path`` is that of a file.
 
     Host memory: Some 16 MiB. On an object store, a file; ``shard_bytes_max`` bounds that.
 
@@ -104,6 +107,8 @@ def write(
     """
     text = absolute_path(path)
     is_file = split_path(text)[1].endswith(".safetensors")
+    if shard_bytes_max is not None and shard_bytes_max <= 0:
+        raise ValueError(f"shard_bytes_max= is a number of bytes above 0, not {shard_bytes_max}")
     if is_file and shard_bytes_max is not None:
         raise ValueError(f"shard_bytes_max= writes several files: path must be a directory, not {text!r}")
     directory, single_name = split_path(text) if is_file else (text, SINGLE_NAME)
@@ -232,6 +237,7 @@ def write_files(
         _write_file(store, single_name, files[0], metadata, meter)
         meter.enter("commit")
         stale = [INDEX_NAME, *old_names] if has_index else []
+        stale = [name for name in stale if name != single_name]  # which an index of one file names
     else:
         names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
         if there & set(names):
@@ -249,19 +255,20 @@ def write_files(
         # Where this fails, either index has all of its files.
         store.publish(INDEX_NAME, _index_of(names, files))
         stale = [single_name, *old_names]
-    for name in stale:
+    for name in dict.fromkeys(stale):
         if name in there:
             store.delete(name)
 
 
 def _names_of_old(store: Store, there: set[str]) -> list[str]:
-    """The files that an index names, as far as it can be read."""
+    """The files of tensors that an index names, as far as it can be read."""
     if INDEX_NAME not in there:
         return []
     try:
         weight_map = json.loads(store.read(INDEX_NAME, INDEX_BYTES_MAX)).get("weight_map", {})
-        return [name for name in dict.fromkeys(weight_map.values()) if name in there]
-    except (ValueError, AttributeError, TypeError):
+        # Whatever else it names is not ours to delete.
+        return [name for name in {*weight_map.values()} & there if name.endswith(".safetensors")]
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return []  # it is no index; then nothing is known to belong to it
 
 
