@@ -467,6 +467,12 @@ def test_progress_is_told(tmp_path):
     assert told[-1].bytes_done == told[-1].bytes_total == (3 << 23) + 6
 
 
+def test_a_prefix_may_lie_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensorflow.write("model.ckpt", {"a": 1})
+    assert read_all("model.ckpt") == read_all(tmp_path / "model.ckpt") == {"a": 1}
+
+
 def test_object_stores_take_a_checkpoint_too():
     tensorflow.write("memory://bucket/run/ckpt", {"a": 1})
     with pytest.raises(jaxckpt.ExistsError):

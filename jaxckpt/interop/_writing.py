@@ -47,12 +47,13 @@ from jaxckpt._errors import (
 from jaxckpt._keys import flatten
 from jaxckpt._nesting import name_of_key
 from jaxckpt._progress import Progress, ProgressMeter
-from jaxckpt._storage import Buffer, Store
+from jaxckpt._storage import Buffer, Store, local_path
 from jaxckpt._store import open_store
 
 from ._arrays import RefusedError, StringContents, WriteBuffer, contents_of
 from ._crc import crc32c, extend, mask
 from ._datatypes import NUMBER_OF_DTYPE, STRING
+from ._files import split_path
 from ._protobuf import encode_bytes, encode_fixed32, encode_number, encode_varint
 from ._sstable import encode_table
 
@@ -132,12 +133,12 @@ def write(
 
     Source: https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/protobuf/tensor_bundle.proto
     """
-    text = os.fspath(prefix)
-    directory, base = os.path.split(text)
+    text = local_path(os.fspath(prefix))
+    directory, base = split_path(text)
     if not base:
         raise ValueError(f"prefix must end in a name, as 'run/model.ckpt' does, not {text!r}")
     tensors = plan_tensors(tree, text)
-    store = open_store(directory)
+    store = open_store(directory or os.curdir)
     meter = ProgressMeter(sum(tensor.nbytes for tensor in tensors), "write", on_progress)
     try:
         write_files(store, base, tensors, meter, overwrite=overwrite, write_state=write_state)
