@@ -15,9 +15,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import difflib
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
@@ -65,6 +66,18 @@ class RestoreKeywords(TypedDict, total=False):
     reshape: bool
     report: bool
     options: RestoreOptions | None
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> None:
+    """Refuses what no ``read`` takes as `RestoreKeywords`, before it opens anything.
+
+    Raises:
+      TypeError: There is such a keyword.
+    """
+    for name in keywords.keys() - RestoreKeywords.__annotations__.keys():
+        near = difflib.get_close_matches(name, RestoreKeywords.__annotations__, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"read() got an unexpected keyword argument {name!r}{hint}")
 
 
 def restore_foreign(

@@ -24,6 +24,7 @@ from jaxckpt._adopting import restore_foreign
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._keys import flatten
 from jaxckpt._nesting import keys_of_names, name_of_key, nest
+from jaxckpt.interop import flax, npz, orbax, safetensors, tensorflow
 
 from .helpers import assert_same_leaf, make_mesh
 
@@ -306,6 +307,18 @@ def test_wrong_choices_are_refused():
         restore_foreign(adam_like(), missing="no")
     with pytest.raises(ValueError, match="unexpected must be one of 'error', 'ignore', not 'no'"):
         restore_foreign(adam_like(), unexpected="no")
+
+
+@pytest.mark.parametrize("verbs", [flax, npz, orbax, safetensors, tensorflow], ids=lambda each: each.__name__)
+def test_keywords_that_a_read_does_not_have_are_refused_in_its_name(verbs: Any):
+    with pytest.raises(
+        TypeError, match=r"^read\(\) got an unexpected .* 'shardng'; did you mean 'sharding'\?$"
+    ):
+        verbs.read("/nowhere", shardng=None)
+    if verbs is not safetensors:
+        with pytest.raises(TypeError, match=r"^read\(\) got an unexpected keyword argument 'mmap'$"):
+            verbs.read(adam_like(), mmap=True)
+    assert verbs.read(adam_like(), {"step": 0}, unexpected="ignore", cast=True) == {"step": 7}
 
 
 def test_a_part_is_selected_and_the_rest_kept():

@@ -24,7 +24,7 @@ from typing import Any, Unpack, final
 
 import numpy as np
 
-from jaxckpt._adopting import RestoreKeywords, restore_foreign
+from jaxckpt._adopting import RestoreKeywords, check_keywords, restore_foreign
 from jaxckpt._errors import CheckpointError, NotFoundError
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._nesting import keys_of_names, name_of_key
@@ -277,6 +277,7 @@ def read(
       >>> flax.read(tmp / "state", like={"layers": [jnp.zeros(2)]})
       {'layers': [Array([1., 1.], dtype=float32)]}
     """
+    check_keywords(keywords)
     if isinstance(path, ForeignCheckpoint):
         return restore_foreign(path, like, **keywords)
     with open(path, step=step, prefix=prefix) as checkpoint:

@@ -33,7 +33,7 @@ from typing import Any, Unpack, final
 
 import numpy as np
 
-from jaxckpt._adopting import RestoreKeywords, restore_foreign
+from jaxckpt._adopting import RestoreKeywords, check_keywords, restore_foreign
 from jaxckpt._config import MIB
 from jaxckpt._dtypes import dtype_from, is_jax_dtype
 from jaxckpt._errors import (
@@ -444,6 +444,7 @@ def read(
       >>> npz.read(tmp / "a.npz")
       {'w': Array([1., 1.], dtype=float32)}
     """
+    check_keywords(keywords)
     if isinstance(path, ForeignCheckpoint):
         return restore_foreign(path, like, **keywords)
     with open(path) as checkpoint:

@@ -29,8 +29,8 @@ from typing import Any, Unpack, final
 
 import numpy as np
 
-from jaxckpt._adopting import RestoreKeywords, restore_foreign
-from jaxckpt._errors import CheckpointError, CorruptError, NotFoundError
+from jaxckpt._adopting import RestoreKeywords, check_keywords, restore_foreign
+from jaxckpt._errors import CheckpointError, CorruptError, NotFoundError, printable_key
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._keys import rebuild
 from jaxckpt._shardings import Box
@@ -455,3 +455,4 @@ def read(
         return restore_foreign(path, like, **keywords)
     with open(path, step=step, item=item) as checkpoint:
         return restore_foreign(checkpoint, like, **keywords)
+    check_keywords(keywords)

@@ -31,7 +31,7 @@ from typing import Any, Unpack, final
 
 import numpy as np
 
-from jaxckpt._adopting import RestoreKeywords, restore_foreign
+from jaxckpt._adopting import RestoreKeywords, check_keywords, restore_foreign
 from jaxckpt._errors import CheckpointError, NotFoundError, Problem, UnsupportedLeafError, printable_key
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 from jaxckpt._storage import Buffer
@@ -295,6 +295,7 @@ def read(
       >>> safetensors.read(tmp / "w.safetensors", rename={"dense": "layer"})
       {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
+    check_keywords(keywords)
     if isinstance(path, ForeignCheckpoint):
         return restore_foreign(path, like, mmap=mmap, **keywords)
     with open(path, separator=separator) as checkpoint:

@@ -26,7 +26,7 @@ from typing import Any, Unpack, final
 
 import numpy as np
 
-from jaxckpt._adopting import RestoreKeywords, restore_foreign
+from jaxckpt._adopting import RestoreKeywords, check_keywords, restore_foreign
 from jaxckpt._errors import CheckpointError
 from jaxckpt._foreign import ForeignCheckpoint, ForeignLeaf
 
@@ -226,6 +226,7 @@ def read(
       >>> tensorflow.read(tmp / "model.ckpt", rename={"dense": "layer"})
       {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
+    check_keywords(keywords)
     if isinstance(path, ForeignCheckpoint):
         return restore_foreign(path, like, **keywords)
     with open(path, verify_slices=True) as checkpoint:
