@@ -280,7 +280,8 @@ def _add_convert_arguments(command: argparse.ArgumentParser) -> None:
         "--shard-bytes",
         type=_positive,
         metavar="N",
-        help="for --to safetensors: several files with an index in the directory DST, of at most N bytes each",
+        help="for --to safetensors: several files with an index in the directory DST, of at most N bytes of tensors "
+        "each, or of one tensor that is larger",
     )
     command.add_argument("--overwrite", action="store_true", help="replace what is at DST")
     command.add_argument("source", metavar="SRC")

@@ -75,8 +75,7 @@ FORMATS = (OWN_FORMAT, *FOREIGN_FORMATS)
 # Read, and not written.
 SOURCE_FORMATS = (*FORMATS, "orbax")
 
-_ONE_FILE = ".safetensors"
-_FORMAT_OF_SUFFIX = {_ONE_FILE: "safetensors", ".npz": "npz", ".msgpack": "flax"}
+_FORMAT_OF_SUFFIX = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "flax"}
 # Directories of managers and of other libraries have names such as step_00000100 and checkpoint_100.
 _NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
 
@@ -108,7 +107,8 @@ class Conversion:
       problems: What is wrong with the destination, reread; empty when it is whole.
       seconds: Seconds that it took.
       steps: Numbers of the checkpoints, where the source was a directory of them; ascending.
-      left_out: What the source has beside its arrays, and the destination's format has no place for: a text each.
+      left_out: What the source has beside its arrays, and the destination's format has no place for: a text each. What
+        stood around its leaves, such as tuples and None, is not among it.
     """
 
     source: str
@@ -181,9 +181,9 @@ def convert(
       MismatchError: ``select`` or ``rename`` does not fit the names.
       UnsupportedLeafError: The destination's format has nothing for an array; `.problems` lists all of them.
       ValueError: Nothing would change, since both formats are the same, and neither ``select`` nor ``rename`` nor
-        ``dtype`` is given; or both are this library's; or ``dtype`` is not floating; or ``shard_bytes_max`` is given,
-        and the destination is no directory of safetensors; or a checkpoint of TensorFlow or npz would be written to an
-        object store; or a path is empty.
+        ``dtype`` nor ``shard_bytes_max`` is given; or both are this library's; or ``dtype`` is not floating; or
+        ``shard_bytes_max`` is not above 0, or is given where the destination is no directory of safetensors; or a
+        checkpoint of TensorFlow or npz would be written to an object store; or a path is empty.
       WriteError: Storage refused a write.
 
     Host memory: some 40 MiB, whatever the size of the checkpoint and of its arrays, and 4 to 9 KiB for each array. Of
@@ -211,10 +211,10 @@ def convert(
             "checkpoints of TensorFlow are verified in local files alone, and "
             f"{os.fspath(destination)!r} is none: write it there, and copy it"
         )
-    if shard_bytes_max is not None and (to != "safetensors" or os.fspath(destination).endswith(_ONE_FILE)):
+    if shard_bytes_max is not None and (to != "safetensors" or _format_named(destination) == to):
         raise ValueError(
             "shard_bytes_max= (--shard-bytes) is for a directory of safetensors: "
-            f"to='safetensors' (--to safetensors), and a destination that does not end in {_ONE_FILE}"
+            "to='safetensors' (--to safetensors), and a destination that does not end in .safetensors"
         )
     changes = (select, rename, dtype, shard_bytes_max) != (None, None, None, None)
     steps = _verbs_of("orbax").steps(source) if step is None else ()
@@ -280,8 +280,9 @@ def _write(
 ) -> _Written:
     """Writes an open checkpoint in another format."""
     digests: dict[str, Callable[[], str]] = {}
-    left_out: tuple[str, ...] = ()
+    left_out: list[str] = []
     if isinstance(opened, ForeignCheckpoint):
+        left_out += opened.not_shown
         opened.bound_memory(_SOURCE_BYTES_MAX)
         names = select_names(opened, choices.select, choices.rename)
         leaves: list[Any] = [opened[name] for name in names.values()]
@@ -307,14 +308,14 @@ def _write(
     else:
         tree, digests = _with_digests(tree)
         extras = _metadata_for(to, opened.metadata)
-        left_out = tuple(_left_out(opened, leaves, loses_metadata=not extras))
+        left_out += _left_out(opened, leaves, loses_metadata=not extras)
         if choices.shard_bytes_max is not None:
             extras["shard_bytes_max"] = choices.shard_bytes_max
         _verbs_of(to).write(
             destination, tree, overwrite=choices.overwrite, on_progress=choices.on_progress, **extras
         )
     nbytes = sum(_nbytes_as(leaf, choices.dtype) for leaf in leaves)
-    return _Written(len(leaves), nbytes, digests, left_out)
+    return _Written(len(leaves), nbytes, digests, tuple(left_out))
 
 
 def _context_of(opened: ForeignCheckpoint, on_progress: OnProgress | None) -> SaveContext:
@@ -349,11 +350,13 @@ def _convert_steps(
         )
     leaves = nbytes = 0
     problems: list[Problem] = []
+    left_out = ["metadata of the directory"] if _verbs_of("orbax").root_metadata(source) else []
     for opened in _verbs_of("orbax").open_steps(source):
         store = directory.usual_store_of(opened.step)
         written = _write(opened, store, to, choices)
         leaves += written.leaves
         nbytes += written.nbytes
+        left_out += written.left_out
         problems += [
             dataclasses.replace(problem, message=f"step {opened.step}: {problem.message}")
             for problem in _verify(store.path, to, written.digests, choices.on_progress)
@@ -369,6 +372,7 @@ def _convert_steps(
         problems=tuple(problems),
         seconds=time.perf_counter() - began_s,
         steps=tuple(steps),
+        left_out=tuple(dict.fromkeys(left_out)),
     )
 
 
@@ -465,6 +469,12 @@ def _left_out(
             f"the implementation of {format_count(len(keys), 'PRNG key', 'PRNG keys')} "
             f"({', '.join(sorted(map(str, impls)))}), which {'is' if len(keys) == 1 else 'are'} written as key data"
         )
+    sharded = [leaf for leaf in leaves if leaf.sharding is not None and leaf.sharding["type"] != "single"]
+    if sharded:
+        yield f"how {format_count(len(sharded), 'array was', 'arrays were')} sharded"
+    own = _own_leaves_of(opened) & {leaf.key for leaf in leaves} if isinstance(opened, Checkpoint) else ()
+    if own:
+        yield f"values of other processes than the first: {', '.join(map(printable_key, sorted(own)))}"
     if loses_metadata and opened.metadata:
         yield "metadata"
     names_of_part = {
@@ -475,6 +485,16 @@ def _left_out(
     for part, names in names_of_part.items():
         if names:
             yield f"{part}: {', '.join(map(printable_key, names))}"
+
+
+def _own_leaves_of(opened: Checkpoint) -> set[str]:
+    """The keys of leaves of which a process had another value than process 0."""
+    manifest = opened.manifest
+    return {
+        manifest.keys[leaf]
+        for process in range(len(manifest.parts))
+        for leaf in opened.own_leaves_of(process)
+    }
 
 
 def _floating_dtype(dtype: Any) -> np.dtype[Any]:

@@ -164,6 +164,11 @@ class ForeignCheckpoint(abc.ABC):
         return {}
 
     @property
+    def not_shown(self) -> Sequence[str]:
+        """What it has that no other attribute shows, a text each."""
+        return ()
+
+    @property
     def created_s(self) -> float | None:
         """When it was saved, in seconds since 1970, if it says so."""
         return None

@@ -125,7 +125,8 @@ def write_all(directory: pathlib.Path) -> None:
             checkpointer.save(step, {"w": jnp.full(3, step)}, metrics={"loss": 1 / step})
 
     options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: -metrics["loss"], max_to_keep=None)
-    with ocp.CheckpointManager(directory / "run", options=options) as manager:
+    said = {"metadata": {"project": "ours"}}
+    with ocp.CheckpointManager(directory / "run", options=options, **said) as manager:
         for step in STEPS:
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave({**plain, "count": step}),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxckpt
 from jaxckpt import CheckpointManager, CorruptError, NotFoundError, Progress, UnsupportedLeafError
@@ -22,7 +23,7 @@ from jaxckpt._converting import FORMATS, convert
 from jaxckpt._leaves import StreamedArray
 from jaxckpt.interop import flax, npz, safetensors, tensorflow
 
-from .helpers import assert_same_tree, run_fork
+from .helpers import assert_same_tree, make_mesh, run_fork
 
 NAMES = {
     "jaxckpt": "step_7",
@@ -174,6 +175,19 @@ def test_what_a_format_has_no_place_for_is_listed(tmp_path: pathlib.Path, capsys
     assert "metrics: loss" in convert(tmp_path / "run", tmp_path / "run.npz").left_out
 
 
+def test_shardings_and_values_of_other_processes_are_said_to_be_left_out(tmp_path: pathlib.Path):
+    golden = pathlib.Path(__file__).parent / "golden"
+    on_mesh = NamedSharding(make_mesh({"x": 2}), PartitionSpec("x"))
+    tree = {"w": jax.device_put(jnp.ones(4), on_mesh), "one": jax.device_put(jnp.ones(4), jax.devices()[0])}
+    jaxckpt.save(tmp_path / "own", tree)
+    assert convert(tmp_path / "own", tmp_path / "a.npz").left_out == ("how 1 array was sharded",)
+    assert convert(tmp_path / "own", tmp_path / "one.npz", select="one").left_out == ()
+    said = convert(golden / "four-processes", tmp_path / "b.npz").left_out
+    assert "values of other processes than the first: process" in said
+    others = convert(golden / "four-processes", tmp_path / "c.npz", select="[!p]*").left_out
+    assert not [text for text in others if text.startswith("values of other")]
+
+
 @pytest.mark.parametrize("form", ["tensorflow", "safetensors", "npz", "flax"])
 def test_many_arrays_are_listed_once_and_not_for_each_of_them(tmp_path: pathlib.Path, form: str):
     verbs: Any = {"tensorflow": tensorflow, "safetensors": safetensors, "npz": npz, "flax": flax}[form]
@@ -254,9 +268,18 @@ def test_files_are_cut_to_shards_where_that_was_asked_for(
     assert (again.ok, len(list((tmp_path / "again").glob("*-of-00005.safetensors")))) == (True, 5)
     assert main([*command, "0"]) == 2
     capsys.readouterr()
-    for name, form in (("a.safetensors", None), ("a.npz", None), ("a", None), ("a", "flax")):
+    file_of_url = "memory://b/a.safetensors?endpoint=http://x"
+    for name, form in (
+        ("a.safetensors", None),
+        ("a.npz", None),
+        ("a", None),
+        ("a", "flax"),
+        (file_of_url, None),
+    ):
         with pytest.raises(ValueError, match=r"--shard-bytes\) is for a directory of safetensors"):
-            convert(tmp_path / "own", tmp_path / name, to=form, shard_bytes_max=100)
+            convert(
+                tmp_path / "own", name if "://" in name else tmp_path / name, to=form, shard_bytes_max=100
+            )
 
 
 def test_sharded_files_are_found_by_their_directory_and_their_index(tmp_path: pathlib.Path):

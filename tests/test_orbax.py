@@ -644,7 +644,19 @@ def test_a_manager_with_its_steps_metrics_and_items(
     manager.close()
     with pytest.raises(ExistsError, match="has the steps 3, 20, 100 already"):
         convert(written / "run", tmp_path / "own")
-    assert convert(written / "run", tmp_path / "own", overwrite=True).steps == STEPS
+    again = convert(written / "run", tmp_path / "own", overwrite=True)
+    assert again.steps == STEPS
+    assert again.left_out == ("metadata of the directory", "metrics that are no numbers: more/note")
+    assert orbax.root_metadata(written / "run") == {"project": "ours"}
+
+
+def test_what_is_said_of_a_tree_and_of_its_step_is_not_lost_in_silence(copy: Any, tmp_path: pathlib.Path):
+    step = copy("run") / "20"
+    document = json.loads((step / "state" / "_METADATA").read_text())
+    (step / "state" / "_METADATA").write_text(json.dumps({**document, "custom_metadata": {"tree": 1}}))
+    with orbax.open(step) as checkpoint:
+        assert checkpoint.metadata == {"step": 20}
+    assert "metadata of trees beside that of their step" in convert(step, tmp_path / "own").left_out
 
 
 def test_several_trees_of_a_step_become_a_dict(written: pathlib.Path, tmp_path: pathlib.Path):

@@ -4,6 +4,7 @@
     <directory>/<step>/_CHECKPOINT_METADATA  times, and what the caller said of the step; from 0.5 on
     <directory>/<step>/<item>/               a tree, a random key, or files of another kind, mostly JSON
     <directory>/<step>/metrics/metrics       JSON
+    <directory>/metadata/_ROOT_METADATA      what the caller said of all steps; once ``metadata/metadata``
 
 A directory may be a tree itself, a step, or hold steps; `kind_of` tells which. Orbax writes to a name with
 ``.orbax-checkpoint-tmp`` in it and renames the directory in the end. Object stores cannot rename: there
@@ -27,6 +28,7 @@ from ._zarrforms import parse_json
 
 STEP_METADATA_NAME = "_CHECKPOINT_METADATA"
 _METRICS_NAME = "metrics"
+_ROOT_METADATA_NAMES = ("_ROOT_METADATA", "metadata")
 _COMMIT_NAME = "commit_success.txt"
 _DELETION_NAME = "_CHECKPOINT_DELETION"
 _V1_NAME = "orbax.checkpoint"
@@ -189,19 +191,34 @@ def metrics_in(store: Store) -> dict[str, float]:
     Raises:
       CorruptError: The file is damaged.
     """
+    said = _said_metrics(store)
+    return {key: _float_of(value) for key, value in said.items() if isinstance(value, (bool, int, float))}
+
+
+def other_metrics_in(store: Store) -> list[str]:
+    """The keys of the metrics of a step that are no numbers.
+
+    Raises:
+      CorruptError: The file is damaged.
+    """
+    return [key for key, value in _said_metrics(store).items() if not isinstance(value, (bool, int, float))]
+
+
+def _said_metrics(store: Store) -> dict[str, Any]:
+    """What is said of the metrics of a step that are no dicts, by key."""
     document = read_json(store.child(_METRICS_NAME), _METRICS_NAME)
     if document is None:
         said = metadata_of(store).get("metrics")
         document = said if isinstance(said, dict) else {}
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     waiting: list[tuple[str, Any]] = [("", document)]
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, dict):
             children: list[tuple[Any, Any]] = list(value.items())
             waiting += [(f"{key}/{name}" if key else str(name), child) for name, child in reversed(children)]
-        elif isinstance(value, (bool, int, float)) and key:
-            found[key] = _float_of(value)
+        elif key:
+            found[key] = value
     return found
 
 
@@ -210,6 +227,21 @@ def _float_of(number: float) -> float:
         return float(number)
     except OverflowError:
         return math.inf if number > 0 else -math.inf
+
+
+def root_metadata_in(store: Store) -> dict[str, Any]:
+    """What the caller said of all steps of a directory.
+
+    Raises:
+      CorruptError: The file is damaged.
+    """
+    place = store.child("metadata")
+    said = next(filter(None, (read_json(place, name) for name in _ROOT_METADATA_NAMES)), None)
+    if not isinstance(said, dict):
+        return {}
+    custom = said.pop("custom_metadata", None)
+    said.pop("internal_metadata", None)
+    return {**said, **custom} if isinstance(custom, dict) else said
 
 
 def metadata_of(store: Store) -> Mapping[str, Any]:

@@ -42,7 +42,16 @@ from ._orbaxitems import Item, ItemLeaf, read_item
 from ._orbaxtrees import Node, record_tree
 from ._zarrays import RowStream
 
-__all__ = ["OrbaxCheckpoint", "can_read", "open", "open_steps", "open_whole", "read", "steps"]
+__all__ = [
+    "OrbaxCheckpoint",
+    "can_read",
+    "open",
+    "open_steps",
+    "open_whole",
+    "read",
+    "root_metadata",
+    "steps",
+]
 
 # As `item`: all trees of a step.
 _ALL = "*"
@@ -157,8 +166,22 @@ class OrbaxCheckpoint(ForeignCheckpoint):
     @property
     def metadata(self) -> Any:
         """The ``custom_metadata`` of the step, or of the tree."""
-        of_trees = {name: item.metadata for name, item in self._items.items() if item.metadata is not None}
+        of_trees = self._metadata_of_trees()
         return self._said.get("custom_metadata") or of_trees.get("", of_trees or None)
+
+    def _metadata_of_trees(self) -> dict[str, Any]:
+        return {name: item.metadata for name, item in self._items.items() if item.metadata is not None}
+
+    @property
+    def not_shown(self) -> Sequence[str]:
+        """The ``custom_metadata`` of trees, where the step has some, and metrics that are no numbers."""
+        found: list[str] = []
+        if self._said.get("custom_metadata") and any(self._metadata_of_trees().values()):
+            found.append("metadata of trees beside that of their step")
+        others = [] if self._step_store is None else layout.other_metrics_in(self._step_store)
+        if others:
+            found.append(f"metrics that are no numbers: {', '.join(map(printable_key, others))}")
+        return found
 
     @property
     def created_s(self) -> float | None:
@@ -280,6 +303,26 @@ def steps(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """
     store = open_store(path)
     return tuple(layout.steps_in(store)) if layout.kind_of(store) == "steps" else ()
+
+
+def root_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the caller of ``CheckpointManager(metadata=...)`` said of all steps of its directory.
+
+    Args:
+      path: The directory, or its URL.
+
+    Returns:
+      What was said, by name; empty where nothing was.
+
+    Raises:
+      CorruptError: It is damaged.
+
+    Example:
+      >>> from jaxckpt.interop import orbax
+      >>> orbax.root_metadata("/nowhere")
+      {}
+    """
+    return layout.root_metadata_in(open_store(path))
 
 
 def open(
@@ -451,8 +494,8 @@ def read(
       >>> orbax.read(tmp / "state", rename={"dense": "layer"})
       {'layer': {'kernel': Array([1., 1.], dtype=float32)}}
     """
+    check_keywords(keywords)
     if isinstance(path, ForeignCheckpoint):
         return restore_foreign(path, like, **keywords)
     with open(path, step=step, item=item) as checkpoint:
         return restore_foreign(checkpoint, like, **keywords)
-    check_keywords(keywords)
