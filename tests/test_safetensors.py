@@ -707,9 +707,11 @@ def test_a_damaged_index_is_refused(tmp_path: pathlib.Path, damage: Callable[[pa
 
 
 def test_one_of_several_files_without_their_index_is_not_all_of_them(tmp_path: pathlib.Path):
-    """So a write leaves a directory that was killed after its first file."""
+    """So a write leaves a directory that was killed after a file, or after the last one."""
     write_shards(tmp_path)
     (tmp_path / INDEX_NAME).unlink()
+    with pytest.raises(NotFoundError, match="is one of several files"):
+        safetensors.open(tmp_path)
     remove_a_shard(tmp_path)
     with pytest.raises(NotFoundError, match="is one of several files"):
         safetensors.open(tmp_path)

@@ -319,7 +319,7 @@ def _choose_file(directory: str, names: Sequence[str]) -> str:
     for found in (indexes, single):
         if len(found) == 1 and found != parts:
             return found[0]
-    if len(parts) == 1:
+    if parts and (len(parts) == 1 or parts == single):  # none of which is to be taken for a checkpoint
         raise NotFoundError(
             f"{parts[0]!r} in {directory!r} is one of several files, and there is no {INDEX_NAME}"
         )
