@@ -37,7 +37,7 @@ from typing import Any, final
 import msgpack
 
 from ._errors import CheckpointError, CoordinationError, NotFoundError
-from ._processes import Group, Session
+from ._processes import LEAVE, Group, Session
 
 _QUIET_CALLS_MAX = 256
 # A margin of the sessions whose keys are kept, which all managers of a process share.
@@ -110,10 +110,13 @@ class Leader:
         Collective: all processes, but unless ``of_all`` process 0 waits for nobody.
 
         Raises:
-          CoordinationError: A process failed. One that dies without a word ends the others by JAX's heartbeats.
+          CoordinationError: A process failed, or has left before. One that dies without a word ends the others by JAX's
+            heartbeats.
         """
         with self.session(doing, (), timeout_s=math.inf) as session:
             act()
+            if self.group.was_left:  # those who have not heard of it hear of this
+                raise CoordinationError("a process has left before, and would be waited for in vain")
             if of_all:
                 session.agree("done", b"", lambda _: b"")
             else:
@@ -148,7 +151,7 @@ class Leader:
         """Tells the others at their next call that this process will not come."""
         is_passed = True
         while is_passed:  # process 0 may be some words ahead
-            session = self.group.open_session(f"leave {self._path!r}", self._timeout_s)
+            session = self.group.open_session(f"{LEAVE} {self._path!r}", self._timeout_s)
             session.fail(error)
             is_passed = False
             with contextlib.suppress(CoordinationError):

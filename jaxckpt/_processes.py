@@ -76,6 +76,8 @@ from ._errors import (
 )
 
 SILENT = "silent"
+# The verb of a session by whose failure a process says that it will not come any more.
+LEAVE = "leave"
 
 _ROOT = "jaxckpt"
 # How long a wait goes on without a look at the reports, in groups of up to so many processes.
@@ -217,11 +219,13 @@ class Group:
     Attributes:
       index: Index of this process.
       count: Number of processes.
+      was_left: Whether a process has said that it will not come any more, as far as this one has heard.
     """
 
     def __init__(self, channel: Channel, machine: str | None = None) -> None:
         self.index = channel.index
         self.count = channel.count
+        self.was_left = False
         self._channel = channel
         self._lock = threading.Lock()
         self._next_number = 0
@@ -582,6 +586,8 @@ class Session:
         error = self._make_error(reports)
         with self._lock:
             self._raised.add(error)
+        if any(_verb(report.what) == LEAVE for report in reports):
+            self._group.was_left = True
         return error
 
     def _make_error(self, reports: Sequence[_Report]) -> CheckpointError:

@@ -1178,3 +1178,30 @@ def test_a_group_uploads_once_and_comes_back_from_either_tier(tmp_path: pathlib.
     assert returned_alike(run_processes(resume_in_group, 2, arguments=arguments)) == (3, [1, 2, 3])
     shutil.rmtree(local / parts[-1])
     assert returned_alike(run_processes(resume_in_group, 2, arguments=arguments)) == (3, [1, 2, 3])
+
+
+def leave_at_the_end(worker: Worker, local: str, remote: str, is_local: bool, leaver: int) -> str:
+    manager = CheckpointManager(local, save_interval_steps=2, upload_to=remote, local=is_local, options=GROUP)
+    try:
+        with manager:
+            manager.save(2, global_tree(2))
+            manager.save(3, global_tree(3))  # for the end: who closes has a word to hear before the uploads
+            if worker.index == leaver:
+                raise ValueError("the end of the loop failed")
+    except ValueError:
+        return "left"
+    except jaxckpt.CoordinationError:
+        pass  # of step 3
+    return "closed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("is_local", "leaver"), [(False, 0), (True, 1)])
+def test_nobody_waits_for_the_uploads_of_who_has_left_by_an_exception(
+    tmp_path: pathlib.Path, is_local: bool, leaver: int
+) -> None:
+    arguments = (str(tmp_path / "local"), str(tmp_path / "remote"), is_local, leaver)
+    outcomes = run_processes(leave_at_the_end, 2, timeout_s=20, arguments=arguments)
+    assert [outcome.value for outcome in outcomes] == [
+        ("left" if i == leaver else "closed") for i in range(2)
+    ]
