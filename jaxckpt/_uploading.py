@@ -68,8 +68,9 @@ class UploadOptions:
     directory, whose rules these are not; pinned steps stay in both.
 
     Attributes:
-      interval_steps: Upload a step when a multiple of so many steps is reached or passed since the last one there, and
-        the newest one when the manager is closed. None: every committed step.
+      interval_steps: Upload a step when a multiple of so many steps is reached or passed since the last one there, one
+        that replaces the step of that number there, and the newest one when the manager is closed. None: every
+        committed step.
       max_to_keep: The newest so many uploaded steps stay. None: all.
       keep_period: Every step that is a multiple of this stays.
       keep_interval_s: A step stays for each so many seconds of time between commits.
