@@ -199,7 +199,7 @@ class Keeper:
             if self.is_ended():
                 return
             try:
-                self._delete_old()
+                self._delete_old(self.is_ended)
             except OSError as error:
                 _log.warning("cannot look for old steps in %r: %s", self.directory.path, error)
             if not self.is_ended():
@@ -261,7 +261,7 @@ class Keeper:
             self._wall_s(),
         )
 
-    def _delete_old(self) -> list[int]:
+    def _delete_old(self, is_over: Callable[[], bool] = lambda: False) -> list[int]:
         """Deletes what no rule keeps; what cannot be deleted is tried again after the next save."""
         deleted: list[int] = []
         # Clocks of several machines may disagree about what was committed last; this process knows what it was.
@@ -272,7 +272,7 @@ class Keeper:
         }
         held_back = self.hold_back(list(doomed)) if doomed else ()
         for step, verdict in doomed.items():
-            if step in held_back:
+            if step in held_back or is_over():
                 continue
             try:
                 is_deleted = self.directory.delete(step)

@@ -691,6 +691,36 @@ def test_after_the_end_a_network_that_is_down_is_asked_nothing_more(local: pathl
     assert asked == ["list", "list"]
 
 
+def test_when_the_network_breaks_down_among_deletions_the_end_waits_for_one_of_them(
+    tmp_path: pathlib.Path,
+) -> None:
+    def interrupt() -> float:
+        raise KeyboardInterrupt
+
+    def break_down(call: str, path: str) -> None:
+        if call == "delete":
+            asked.append(path)
+            with contextlib.suppress(KeyboardInterrupt):
+                uploader.finish(interrupt)
+            raise OSError(errno.ECONNREFUSED, "the network is down", path)
+
+    asked: list[str] = []
+    bucket = Bucket(break_down)
+    save_steps(tmp_path, 1, 2, 3, 4)
+    for step in (1, 2, 3):
+        source = LocalStore(str(tmp_path / name_of(step)))
+        copy_checkpoint(source, bucket.child(name_of(step)), io_threads=1, host_bytes_max=1)
+    options = UploadOptions(max_to_keep=1)
+    (local,) = keepers_of(LocalStore(str(tmp_path)))
+    directory = StepDirectory(bucket, "step_", 8)
+    remote = Keeper(directory, options.retention(), lambda: 0.0, lambda *_, **__: None)
+    uploader = Uploader(local, remote, options, lambda *_, **__: None, lambda *_: None, lambda: 0.0)
+    uploader.wake()
+    assert uploader.wait(60)
+    assert len(asked) == 1
+    assert remote.explain()[-1].step == 4
+
+
 def test_objects_in_flight_stay_within_their_bound(local: pathlib.Path) -> None:
     tree = {f"w{number}": np.full(100 * KIB, number, np.uint8) for number in range(20)}
     tree["large"] = np.zeros(900 * KIB, np.uint8)
