@@ -38,6 +38,9 @@ class FakeDevice:
 
     id: int
     process_index: int
+    # What a mesh of jax 0.12 asks of its devices.
+    platform: str = "cpu"
+    device_kind: str = "cpu"
 
 
 def fake_mesh(axes: dict[str, int], devices_per_process: int) -> Mesh:
