@@ -100,6 +100,7 @@ class FakeDevice:
     """All that a mesh and a plan ask of a device."""
 
     platform = "cpu"
+    device_kind = "cpu"
 
     def __init__(self, number: int, process_index: int, client: FakeClient) -> None:
         self.id = number
