@@ -204,19 +204,7 @@ def convert(
         on_progress,
     )
     to = to or _format_named(destination)
-    if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, not {to!r}")
-    if to == "tensorflow" and "://" in local_path(os.fspath(destination)):
-        raise ValueError(
-            "checkpoints of TensorFlow are verified in local files alone, and "
-            f"{os.fspath(destination)!r} is none: write it there, and copy it"
-        )
-    if shard_bytes_max is not None and (to != "safetensors" or _format_named(destination) == to):
-        raise ValueError(
-            "shard_bytes_max= (--shard-bytes) is for a directory of safetensors: "
-            "to='safetensors' (--to safetensors), and a destination that does not end in .safetensors"
-        )
-    changes = (select, rename, dtype, shard_bytes_max) != (None, None, None, None)
+    _check_destination(destination, to, shard_bytes_max)
     steps = _verbs_of("orbax").steps(source) if step is None else ()
     if steps:
         return _convert_steps(source, destination, to, steps, choices, began_s)
@@ -226,7 +214,7 @@ def convert(
             closing.enter_context(opened)
         else:
             closing.callback(opened.release)
-        if source_format == to and (to == OWN_FORMAT or not changes):
+        if source_format == to and (to == OWN_FORMAT or not choices.change_something()):
             raise ValueError(
                 f"{opened.path!r} is a {to} checkpoint already; to= (--to) names another format: "
                 + ", ".join(name for name in FORMATS if name != to)
@@ -256,6 +244,27 @@ class _Choices:
     shard_bytes_max: int | None
     overwrite: bool
     on_progress: OnProgress | None
+
+    def change_something(self) -> bool:
+        """Whether the destination holds something else than the source, or in other files."""
+        changes = (self.select, self.rename, self.dtype, self.shard_bytes_max)
+        return any(change is not None for change in changes)
+
+
+def _check_destination(destination: Path, to: str, shard_bytes_max: int | None) -> None:
+    """Raises ValueError where a format cannot be written as the caller of `convert` asked."""
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(map(repr, FORMATS))}, not {to!r}")
+    if to == "tensorflow" and "://" in local_path(os.fspath(destination)):
+        raise ValueError(
+            "checkpoints of TensorFlow are verified in local files alone, and "
+            f"{os.fspath(destination)!r} is none: write it there, and copy it"
+        )
+    if shard_bytes_max is not None and (to != "safetensors" or _format_named(destination) == to):
+        raise ValueError(
+            "shard_bytes_max= (--shard-bytes) is for a directory of safetensors: "
+            "to='safetensors' (--to safetensors), and a destination that does not end in .safetensors"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
