@@ -91,10 +91,11 @@ class CheckpointManager:
     ``/dev/shm``), and committed steps are uploaded in the background; an upload is a whole checkpoint under the same
     name. What is read (`restore`, `resume`, `steps`, `open`, ...) is what either tier has; a step that both have is
     read from the directory, and from the second tier if it is damaged there. The first call of `save` begins to upload
-    what an earlier run left. `wait`, `close` and the end of the program wait for uploads; after a preemption `close`
-    does so only as long as the grace lasts, and an interrupt of `close` while it does so ends that. Then the end of the
-    program waits for the requests in flight alone, which on an object store take as long as ``timeout_s`` in the URL
-    allows. A process that is killed meanwhile harms nothing.
+    what an earlier run left, and the first save waits, ten seconds at most, to hear which steps are there already.
+    `wait`, `close` and the end of the program wait for uploads; after a preemption `close` does so only as long as the
+    grace lasts, and an interrupt of `close` while it does so ends that. Then the end of the program waits for the
+    requests in flight alone, which on an object store take as long as ``timeout_s`` in the URL allows. A process that
+    is killed meanwhile harms nothing.
 
     Args:
       directory: Directory (or ``s3://``, ``gs://``, ``memory://`` URL). In a group of processes it is one for all, or
